@@ -1,0 +1,1 @@
+"""Board profiles as YAML; read with importlib.resources."""

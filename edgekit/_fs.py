@@ -1,0 +1,235 @@
+"""Files that are either whole or absent: staging, commit, hashing, containment, free space.
+
+The only place that writes final paths. Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from edgekit.errors import ExportError, OutOfSpaceError, UnsafePathError, UsageError
+
+_CHUNK = 1 << 20
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB pieces; ``on_bytes`` hears each piece's length."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+            if on_bytes:
+                on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def contained(root: Path, name: str) -> Path:
+    """The path of ``name`` below ``root``.
+
+    Raises UnsafePathError for absolute names, ``..``, backslashes, NUL, and for links: nothing
+    below ``root`` on the way to ``name`` may be a symlink, for a link can be swapped later.
+    """
+    pure = PurePosixPath(name)
+    bad = (
+        not name
+        or "\\" in name
+        or "\0" in name
+        or pure.is_absolute()
+        or ":" in name
+        or any(part in ("..", ".") for part in name.split("/"))
+        or "" in name.split("/")
+    )
+    if bad:
+        raise UnsafePathError(f"unsafe path {name!r} leaves its folder")
+    path = root
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise UnsafePathError(f"{name!r} passes through a symbolic link")
+    return path
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside ``path`` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(Path(folder))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader sees the old bytes or the new ones, never a mixture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with disk_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_dir(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's words for a bad or full disk into ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpaceError(
+                f"the disk filled up while writing {path}", hint="free some space and run it again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise ExportError(
+                f"cannot write {path}: {error.strerror}", hint="choose another --out"
+            ) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user can still write on the disk that holds (or will hold) ``path``."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    stats = os.statvfs(existing)
+    return stats.f_bavail * stats.f_frsize
+
+
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Raise OutOfSpaceError before the work starts if ``needed_bytes`` do not fit."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise OutOfSpaceError(
+            f"{path.parent} has {free / 1e6:.1f} MB free, the work needs {needed_bytes / 1e6:.1f} MB",
+            hint="free some space, or choose another --out",
+        )
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swap two paths in one step (Linux renameat2); False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done: int = libc.renameat2(
+        _AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE
+    )
+    return done == 0
+
+
+def _recover(out: Path) -> None:
+    """Finish what a killed commit left: the old folder moved away, the new one not yet in place."""
+    replaced = out.with_name(out.name + ".replaced")
+    if replaced.is_dir():
+        if out.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, out)
+
+
+def _commit(partial: Path, out: Path) -> None:
+    _fsync_tree(partial)
+    if not out.exists():
+        os.rename(partial, out)
+    elif _exchange(partial, out):
+        shutil.rmtree(partial)
+    else:
+        replaced = out.with_name(out.name + ".replaced")
+        os.rename(out, replaced)
+        os.rename(partial, out)
+        shutil.rmtree(replaced)
+    fsync_dir(out.parent)
+
+
+@contextmanager
+def staged(out: Path, *, owns: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder ``<out>.partial`` to fill, which becomes ``out`` in one step when the block ends.
+
+    If the block raises, the folder goes and an earlier ``out`` stays as it was. What a killed run
+    left behind is removed; a second run at the same time is refused. ``owns(out)`` must say that an
+    existing ``out`` is ours to replace, else UsageError: nobody's folder is ever overwritten.
+    """
+    out = out.absolute()
+    partial = out.with_name(out.name + ".partial")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            _recover(out)
+            if out.is_symlink() or (out.exists() and not owns(out)):
+                raise UsageError(
+                    f"{out} exists and was not made by edgekit",
+                    hint="choose another --out, or move it away",
+                )
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
+            try:
+                yield partial
+                _commit(partial, out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold ``.<out>.lock``; the kernel frees it when the process dies, however it dies."""
+    lock = out.with_name(f".{out.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"another edgekit is writing {out}", hint="wait for it, or choose another --out"
+            ) from None
+        # The holder before us removed the name while we opened it: then we locked a dead file.
+        if lock.exists() and os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def home(kind: str) -> Path:
+    """The user's own folder for ``kind`` ("config", "cache" or "state").
+
+    Below ``EDGEKIT_HOME`` when that is set, else where the XDG base directory specification says.
+    """
+    if own := os.environ.get("EDGEKIT_HOME"):
+        return Path(own) / kind
+    variable, default = {
+        "config": ("XDG_CONFIG_HOME", ".config"),
+        "cache": ("XDG_CACHE_HOME", ".cache"),
+        "state": ("XDG_STATE_HOME", ".local/state"),
+    }[kind]
+    return Path(os.environ.get(variable) or Path.home() / default) / "edgekit"

@@ -1,0 +1,139 @@
+"""Child processes with limits: time, memory, and no shell.
+
+Knows nothing of what the children compute. ``call`` is the fence around engines that may crash or
+hang on a hostile file: a function by name, JSON in, JSON out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from edgekit import errors
+from edgekit.errors import DeadlineError, EdgekitError, EngineCrashedError
+
+
+
+
+def _limit(memory_bytes: int | None) -> None:
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def call(
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    timeout_s: float,
+    memory_bytes: int | None = None,
+    what: str,
+) -> Any:
+    """Run ``"module:function"`` with keyword arguments in a fresh Python, and return its answer.
+
+    Arguments and answer must be JSON. An EdgekitError raised there is raised here again with its
+    class, message and hint. A death by signal or a foreign exception becomes EngineCrashedError, a
+    run longer than ``timeout_s`` seconds becomes DeadlineError; ``what`` names the work in both.
+    ``memory_bytes`` bounds the child's address space.
+    """
+    read_end, write_end = os.pipe()
+    # sys.path travels along, so that a checkout that was never installed works in the child too.
+    code = (
+        f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; "
+        "from edgekit._proc import _answer; _answer()"
+    )
+    request = json.dumps({"function": function, "arguments": arguments, "fd": write_end})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(write_end,),
+        preexec_fn=lambda: _limit(memory_bytes),
+    )
+    os.close(write_end)
+    try:
+        process.communicate(request.encode(), timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise DeadlineError(f"{what} took longer than {timeout_s:g} s and was stopped") from None
+    finally:
+        kill(process)
+        with os.fdopen(read_end, "rb") as pipe:
+            raw = pipe.read()
+    if not raw:
+        how = describe_exit(process.returncode)
+        raise EngineCrashedError(f"{what} failed: the engine's process {how}")
+    answer = json.loads(raw)
+    if "value" in answer:
+        return answer["value"]
+    kind = getattr(errors, answer["error"], EngineCrashedError)
+    if kind is errors.MissingExtraError:
+        raise errors.MissingExtraError(answer["extra"], missing=answer["missing"])
+    raise kind(answer["message"], hint=answer["hint"])
+
+
+def _answer() -> None:
+    """The child's side of ``call``."""
+    request = json.loads(sys.stdin.buffer.read())
+    module, _, name = request["function"].partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)(**request["arguments"])
+        answer: dict[str, Any] = {"value": value}
+    except EdgekitError as error:
+        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        if isinstance(error, errors.MissingExtraError):
+            answer |= {"extra": error.extra, "missing": error.missing}
+    except Exception as error:  # the fence: whatever a lower library raises ends as one of ours
+        answer = {
+            "error": "EngineCrashedError",
+            "message": f"the engine failed: {type(error).__name__}: {error}",
+            "hint": None,
+        }
+    with os.fdopen(request["fd"], "wb") as pipe:
+        pipe.write(json.dumps(answer).encode())
+    # Engines may crash in their own clean-up; the answer is out, so leave without it.
+    os._exit(0)
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """End a child and its whole process group, and reap it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        process.kill()
+    process.wait()
+
+
+def describe_exit(code: int) -> str:
+    """``-11`` -> "was killed by SIGSEGV"; ``1`` -> "ended with exit code 1"."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def run(argv: Sequence[str], *, timeout_s: float, input_text: str | None = None) -> str:
+    """Run a program without a shell and return its stdout.
+
+    Raises DeadlineError after ``timeout_s`` seconds, EdgekitError when it cannot be started or
+    ends with an exit code other than 0.
+    """
+    try:
+        done = subprocess.run(
+            list(argv), input=input_text, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise DeadlineError(f"{argv[0]} took longer than {timeout_s:g} s") from None
+    except OSError as error:
+        raise EdgekitError(f"cannot start {argv[0]}: {error.strerror}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise EdgekitError(f"{argv[0]} {describe_exit(done.returncode)}: {last}")
+    return done.stdout

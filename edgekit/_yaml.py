@@ -1,0 +1,89 @@
+"""Strict YAML: plain data only, with file and line in every complaint.
+
+Knows no schema. Never builds objects, follows aliases, or accepts a key twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgekit.errors import UsageError
+
+MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, aliases (they multiply) and very deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed", problem_mark=event.start_mark
+            )
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {_MAX_DEPTH} levels",
+                problem_mark=self.peek_event().start_mark,
+            )
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not a string", problem_mark=key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
+
+
+def parse(text: str, *, origin: str, error: type[UsageError] = UsageError) -> Any:
+    """Plain data (dict, list, str, int, float, bool, None) from YAML text.
+
+    ``origin`` is the file name for messages; ``error`` is the class to raise on bad input.
+    """
+    if len(text.encode()) > MAX_BYTES:
+        raise error(f"{origin}: larger than {MAX_BYTES} bytes")
+    try:
+        # _StrictLoader is a SafeLoader: it cannot build objects.
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        raise error(f"{where}: {problem.problem or 'not valid YAML'}") from None
+    except (yaml.YAMLError, ValueError) as problem:
+        raise error(f"{origin}: not valid YAML ({str(problem).splitlines()[0]})") from None
+
+
+def load(path: Path, *, error: type[UsageError] = UsageError) -> Any:
+    """``parse`` for a file; a missing or unreadable file is ``error`` too."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: not UTF-8 text") from None
+    return parse(text, origin=str(path), error=error)
+
+
+def dump(data: Any) -> str:
+    """YAML text with keys in the order given; ``parse`` reads it back."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Bounded readers of foreign bytes. Only this folder parses what comes from outside."""

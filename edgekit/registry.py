@@ -1,0 +1,93 @@
+"""Names to classes, loaded only when asked for: exporters, runtimes, built-in models.
+
+Never imports what it names before ``load``; never walks packages to discover anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from edgekit.errors import UnknownNameError
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A hint that names the closest known name, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(sorted(known))}"
+
+
+class Shelf(Mapping[str, str]):
+    """One shelf of the house: name -> ``"module:attribute"``.
+
+    Strangers add rows from a package of their own through the entry-point group of the shelf; a
+    built-in row wins over a stranger's row of the same name.
+    """
+
+    def __init__(self, noun: str, group: str, rows: Mapping[str, str]) -> None:
+        self.noun = noun
+        self.group = group
+        self._rows = dict(rows)
+
+    def _strangers(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group)}
+
+    def __getitem__(self, name: str) -> str:
+        if name in self._rows:
+            return self._rows[name]
+        return self._strangers()[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._rows, *self._strangers()}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def load(self, name: str) -> Any:
+        """Import and return what ``name`` stands for.
+
+        Raises UnknownNameError (with a near name as the hint) when no row has that name.
+        """
+        if name not in list(self):
+            raise UnknownNameError(
+                f"no {self.noun} is called '{name}'", hint=did_you_mean(name, list(self))
+            )
+        module, _, attribute = self[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+EXPORTERS = Shelf(
+    "export format",
+    "edgekit.exporters",
+    {"gguf": "edgekit.exporters.to_gguf:GgufExporter", "hf": "edgekit.exporters.to_hf:HfExporter"},
+)
+
+RUNTIMES = Shelf(
+    "runtime",
+    "edgekit.runtimes",
+    {
+        "llamacpp": "edgekit.runtimes.llamacpp:LlamaCppRuntime",
+        "echo": "edgekit.runtimes.echo:EchoRuntime",
+    },
+)
+
+# One row per `model_type` of a config.json: the file that maps its tensors and metadata to GGUF.
+GGUF_FAMILIES = Shelf(
+    "model family with a GGUF mapping",
+    "edgekit.gguf_families",
+    {
+        "llama": "edgekit.exporters.arch.llama:Llama",
+        "phi": "edgekit.exporters.arch.phi:Phi",
+        "phi3": "edgekit.exporters.arch.phi3:Phi3",
+        "qwen2": "edgekit.exporters.arch.qwen2:Qwen2",
+        "qwen3": "edgekit.exporters.arch.qwen3:Qwen3",
+        "gemma3": "edgekit.exporters.arch.gemma3:Gemma3",
+        "gemma3_text": "edgekit.exporters.arch.gemma3:Gemma3",
+        "gpt2": "edgekit.exporters.arch.gpt2:Gpt2",
+    },
+)
