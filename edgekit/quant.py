@@ -1,0 +1,103 @@
+"""The one table of precisions: what a number of bits means in each format.
+
+Knows names and numbers only; never touches weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekit.errors import RecipeError
+from edgekit.registry import did_you_mean
+
+# name -> llama_ftype of llama.cpp's include/llama.h: every type its quantizer offers.
+GGUF_FTYPES: dict[str, int] = {
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q6_K": 18,
+    "Q5_K_M": 17,
+    "Q5_K_S": 16,
+    "Q5_1": 9,
+    "Q5_0": 8,
+    "Q4_K_M": 15,
+    "Q4_K_S": 14,
+    "Q4_1": 3,
+    "Q4_0": 2,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "Q3_K_L": 13,
+    "Q3_K_M": 12,
+    "Q3_K_S": 11,
+    "IQ3_M": 27,
+    "IQ3_S": 26,
+    "IQ3_XS": 22,
+    "IQ3_XXS": 23,
+    "Q2_K": 10,
+    "Q2_K_S": 21,
+    "Q2_0": 41,
+    "IQ2_M": 29,
+    "IQ2_S": 28,
+    "IQ2_XS": 20,
+    "IQ2_XXS": 19,
+    "TQ2_0": 37,
+    "TQ1_0": 36,
+    "IQ1_M": 31,
+    "IQ1_S": 24,
+    "Q1_0": 40,
+    "MXFP4_MOE": 38,
+}
+
+# llama.cpp's own short forms.
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
+# The quantizer refuses these without an importance matrix.
+NEEDS_IMATRIX = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "Q2_K_S", "IQ3_XXS")
+
+
+@dataclass(frozen=True)
+class GgufPreset:
+    """What ``--bits`` picks: a type, and whether an importance matrix is made by default."""
+
+    type: str
+    imatrix: bool
+
+
+# Chosen by measurement on a fair float reference (docs/export.md has the table): the type with the
+# lowest KL divergence at that size, given that the importance matrix is on.
+GGUF_BITS: dict[int, GgufPreset] = {
+    16: GgufPreset("F16", imatrix=False),
+    8: GgufPreset("Q8_0", imatrix=False),
+    6: GgufPreset("Q6_K", imatrix=True),
+    5: GgufPreset("Q5_K_M", imatrix=True),
+    4: GgufPreset("Q4_K_M", imatrix=True),
+    3: GgufPreset("Q3_K_M", imatrix=True),
+    2: GgufPreset("Q2_K", imatrix=True),
+}
+
+
+def gguf_type(name: str) -> str:
+    """The canonical name of a GGUF file type. Raises RecipeError with the closest known name."""
+    upper = name.upper()
+    upper = _ALIASES.get(upper, upper)
+    if upper not in GGUF_FTYPES:
+        raise RecipeError(
+            f"unknown GGUF type '{name}'", hint=did_you_mean(upper, list(GGUF_FTYPES))
+        )
+    return upper
+
+
+def gguf_preset(bits: int) -> GgufPreset:
+    """The documented default for ``bits`` per weight. Raises RecipeError for other numbers."""
+    if bits not in GGUF_BITS:
+        choices = ", ".join(str(b) for b in sorted(GGUF_BITS))
+        raise RecipeError(f"no default for {bits} bits", hint=f"choose one of {choices}")
+    return GGUF_BITS[bits]
+
+
+def wants_imatrix(type_name: str) -> bool:
+    """Whether an importance matrix pays: at about 6 bits and below (it halves the KL divergence)."""
+    return type_name not in (*FLOAT_TYPES, "Q8_0", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0")

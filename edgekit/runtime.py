@@ -1,0 +1,212 @@
+"""What a runtime must offer, the bounds on what a user may ask of it, and ``load``.
+
+Knows no engine: those are on the shelf ``runtimes/`` and come through the registry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from edgekit.errors import UsageError
+from edgekit.registry import RUNTIMES
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 1_000_000),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 1_000_000),
+    "min_p": (0.0, 1.0),
+    "repeat_penalty": (0.01, 10.0),
+    "repeat_last_n": (0, 65_536),
+    "logprobs": (0, 100),
+}
+
+
+@dataclass(frozen=True)
+class GenerateParams:
+    """How to generate. The defaults are greedy (temperature 0): the same answer every time.
+
+    ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repeat_penalty`` 1 each mean "off". ``logprobs`` is
+    the number of alternatives to report per token (0: none). At most one of ``json_schema`` (a JSON
+    schema as a dict) and ``grammar`` (GBNF text) may be given. ``seed`` None draws a fresh one.
+    Raises UsageError for a value out of bounds.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+    json_schema: dict[str, Any] | None = None
+    grammar: str | None = None
+    speculate: bool = False
+    endless: bool = False
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{name} must be a number, not {value!r}")
+            if isinstance(_DEFAULTS[name], int) and not isinstance(value, int):
+                raise UsageError(f"{name} must be a whole number, not {value!r}")
+            if not math.isfinite(value) or not low <= value <= high:
+                raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}")
+        if len(self.stop) > 16 or any(not s or len(s) > 1024 for s in self.stop):
+            raise UsageError("stop takes at most 16 strings of 1 to 1024 characters")
+        if self.json_schema is not None and self.grammar is not None:
+            raise UsageError("give json_schema or grammar, not both")
+
+
+_DEFAULTS = {
+    "max_tokens": 256,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 64,
+    "logprobs": 0,
+}
+
+
+@dataclass(frozen=True)
+class LoadParams:
+    """How to load a language model.
+
+    ``n_ctx`` None: the model's own context, at most 4096 tokens. ``n_threads`` None: the count that
+    was measured fastest on this machine. ``n_gpu_layers`` None: as many layers as fit.
+    ``kv_type`` is the type of the KV cache (f16, q8_0, q4_0, ...). ``adapters`` are LoRA files with
+    their scales. ``prompt_cache`` is a file that keeps the KV state of prompts between runs.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = 512
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    kv_type: str = "f16"
+    flash_attention: bool = True
+    adapters: tuple[tuple[Path, float], ...] = ()
+    prompt_cache: Path | None = None
+    embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token, its natural-log probability, and the best alternatives (token, logprob)."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass
+class Generation:
+    """What a finished generation was: text, token ids, why it ended, and how long it took.
+
+    ``finish_reason`` is "stop" (end token or stop string), "length" (max_tokens or full context).
+    ``prompt_ms`` and ``decode_ms`` are engine times; ``decode_tokens`` counts what was generated.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_ms: float = 0.0
+    decode_ms: float = 0.0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def decode_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def prefill_tok_s(self) -> float:
+        fresh = self.prompt_tokens - self.cached_tokens
+        return fresh / self.prompt_ms * 1e3 if self.prompt_ms else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        # The first token comes out of the prefill.
+        steps = max(0, self.decode_tokens - 1)
+        return steps / self.decode_ms * 1e3 if self.decode_ms else 0.0
+
+
+class Session(Protocol):
+    """A loaded model. Not thread-safe: one caller at a time. Close it, or use it in ``with``."""
+
+    def stream(self, prompt: str, params: GenerateParams | None = None, **fields: Any) -> Iterator[str]:
+        """Pieces of text as they are generated; ``fields`` override single fields of ``params``.
+
+        When the iterator is exhausted (or closed), ``last`` holds the Generation.
+        """
+        ...
+
+    def complete(self, prompt: str, params: GenerateParams | None = None, **fields: Any) -> Generation:
+        """``stream`` to its end."""
+        ...
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], params: GenerateParams | None = None, **fields: Any
+    ) -> Iterator[str]:
+        """Stream the assistant's next turn; the prompt comes from the model's own chat template."""
+        ...
+
+    @property
+    def last(self) -> Generation: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """An engine: turns a model file into a Session."""
+
+    def load(self, path: Path, params: LoadParams, *, trusted: bool) -> Session:
+        """Load a model file. ``trusted`` False means that edgekit did not make it (see ``load``)."""
+        ...
+
+
+def load(model: Any, *, runtime: str = "llamacpp", **fields: Any) -> Session:
+    """Load an Artifact, a path to one, or a GGUF file; keyword arguments as in LoadParams.
+
+    Files that edgekit did not make and verify are first loaded in a child process, so that a
+    hostile one cannot take this process down.
+    Raises CorruptArtifactError, LoadError, UsageError, MissingExtraError.
+    """
+    from edgekit.artifact import Artifact
+
+    try:
+        params = LoadParams(**fields)
+    except TypeError as error:
+        raise UsageError(f"load() {str(error).partition(') ')[2]}") from None
+    engine: Runtime = RUNTIMES.load(runtime)()
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.is_file():
+            return engine.load(path, params, trusted=False)
+        model = Artifact.open(path)
+    if not isinstance(model, Artifact):
+        raise UsageError(f"cannot load a {type(model).__name__}; give an artifact, its folder or a GGUF file")
+    model.verify_sizes()
+    return engine.load(model.model_path, params, trusted=True)
