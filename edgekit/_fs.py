@@ -127,7 +127,8 @@ def require_space(path: Path, needed_bytes: int) -> None:
     free = free_bytes(path)
     if free < needed_bytes:
         raise OutOfSpaceError(
-            f"{path.parent} has {free / 1e6:.1f} MB free, the work needs {needed_bytes / 1e6:.1f} MB",
+            f"{path.parent} has {free / 1e6:.1f} MB free,"
+            f" the work needs {needed_bytes / 1e6:.1f} MB",
             hint="free some space, or choose another --out",
         )
 

@@ -6,43 +6,56 @@ hang on a hostile file: a function by name, JSON in, JSON out.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import io
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 from edgekit import errors
 from edgekit.errors import DeadlineError, EdgekitError, EngineCrashedError
 
+_LIBC = ctypes.CDLL(None)
 
 
+_PR_SET_PDEATHSIG = 1
+_report_pipe: BinaryIO | None = None
 
-def _limit(memory_bytes: int | None) -> None:
+
+def _prepare(memory_bytes: int | None) -> None:
+    """In the child, before exec: a group of its own, limits, and death when the parent dies."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def call(
     function: str,
     arguments: dict[str, Any],
     *,
-    timeout_s: float,
+    timeout_s: float | None,
     memory_bytes: int | None = None,
     what: str,
+    on_report: Callable[[Any], None] | None = None,
 ) -> Any:
     """Run ``"module:function"`` with keyword arguments in a fresh Python, and return its answer.
 
     Arguments and answer must be JSON. An EdgekitError raised there is raised here again with its
     class, message and hint. A death by signal or a foreign exception becomes EngineCrashedError, a
     run longer than ``timeout_s`` seconds becomes DeadlineError; ``what`` names the work in both.
-    ``memory_bytes`` bounds the child's address space.
+    ``memory_bytes`` bounds the child's address space. ``on_report`` hears what the child says
+    through ``report`` while it works. The child never outlives this process.
     """
     read_end, write_end = os.pipe()
     # sys.path travels along, so that a checkout that was never installed works in the child too.
@@ -50,28 +63,40 @@ def call(
         f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; "
         "from edgekit._proc import _answer; _answer()"
     )
-    request = json.dumps({"function": function, "arguments": arguments, "fd": write_end})
+    request = {"function": function, "arguments": arguments, "fd": write_end}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         pass_fds=(write_end,),
-        preexec_fn=lambda: _limit(memory_bytes),
+        preexec_fn=lambda: _prepare(memory_bytes),
     )
     os.close(write_end)
+    answer: dict[str, Any] | None = None
     try:
-        process.communicate(request.encode(), timeout=timeout_s)
-    except subprocess.TimeoutExpired:
+        with os.fdopen(read_end, "rb", buffering=0) as pipe:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(request).encode())
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # it died at once: its exit code tells below
+            for line in _lines(pipe, timeout_s):
+                message = json.loads(line)
+                if "report" not in message:
+                    answer = message
+                elif on_report:
+                    on_report(message["report"])
+        if answer is None:
+            process.wait()
+    except TimeoutError:
         raise DeadlineError(f"{what} took longer than {timeout_s:g} s and was stopped") from None
     finally:
         kill(process)
-        with os.fdopen(read_end, "rb") as pipe:
-            raw = pipe.read()
-    if not raw:
+    if answer is None:
         how = describe_exit(process.returncode)
         raise EngineCrashedError(f"{what} failed: the engine's process {how}")
-    answer = json.loads(raw)
     if "value" in answer:
         return answer["value"]
     kind = getattr(errors, answer["error"], EngineCrashedError)
@@ -80,10 +105,33 @@ def call(
     raise kind(answer["message"], hint=answer["hint"])
 
 
+def _lines(pipe: BinaryIO | io.FileIO, timeout_s: float | None) -> Iterator[bytes]:
+    """Whole lines until the writer closes; TimeoutError once ``timeout_s`` seconds have passed."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    rest = b""
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([pipe], [], [], left)[0]:
+            raise TimeoutError
+        piece = pipe.read(1 << 16)
+        if not piece:
+            return
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+
+
+def report(message: Any) -> None:
+    """Inside a child of ``call``: tell the parent something (JSON). Elsewhere: nothing happens."""
+    if _report_pipe is not None:
+        _write_all(_report_pipe, json.dumps({"report": message}).encode() + b"\n")
+
+
 def _answer() -> None:
     """The child's side of ``call``."""
+    global _report_pipe
     request = json.loads(sys.stdin.buffer.read())
     module, _, name = request["function"].partition(":")
+    _report_pipe = os.fdopen(request["fd"], "wb", buffering=0)
     try:
         value = getattr(importlib.import_module(module), name)(**request["arguments"])
         answer: dict[str, Any] = {"value": value}
@@ -97,10 +145,14 @@ def _answer() -> None:
             "message": f"the engine failed: {type(error).__name__}: {error}",
             "hint": None,
         }
-    with os.fdopen(request["fd"], "wb") as pipe:
-        pipe.write(json.dumps(answer).encode())
+    _write_all(_report_pipe, json.dumps(answer).encode() + b"\n")
     # Engines may crash in their own clean-up; the answer is out, so leave without it.
     os._exit(0)
+
+
+def _write_all(pipe: BinaryIO, data: bytes) -> None:
+    while data:
+        data = data[pipe.write(data) :]
 
 
 def kill(process: subprocess.Popen[Any]) -> None:

@@ -23,7 +23,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
                 problem="aliases are not allowed", problem_mark=event.start_mark
             )
@@ -31,7 +31,7 @@ class _StrictLoader(yaml.SafeLoader):
         if self.depth > _MAX_DEPTH:
             raise yaml.MarkedYAMLError(
                 problem=f"nested deeper than {_MAX_DEPTH} levels",
-                problem_mark=self.peek_event().start_mark,
+                problem_mark=parent.start_mark if parent else None,
             )
         try:
             return super().compose_node(parent, index)

@@ -20,12 +20,22 @@ from edgekit.recipe import Recipe
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _MAX_MANIFEST_BYTES = 16 << 20
-_KEYS = {"schema", "format", "recipe", "source", "files", "details", "versions", "receipt", "sha256"}
+_KEYS = {
+    "schema",
+    "format",
+    "recipe",
+    "source",
+    "files",
+    "details",
+    "versions",
+    "receipt",
+    "sha256",
+}
 
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """One file of an artifact. ``role`` is "model", "tokenizer", "adapter", "imatrix" or "license"."""
+    """One file of an artifact. ``role`` is "model" (what a runtime loads), "adapter" or "imatrix"."""
 
     role: str
     path: str

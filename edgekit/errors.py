@@ -5,12 +5,15 @@ Knows no library and no format; it never catches anything itself.
     EdgekitError                    exit code
       UsageError (ValueError)          2   RecipeError ProfileError UnknownNameError
       MissingExtraError (ImportError)  3   prints the exact pip line
-      SourceError                      4   DownloadError ChecksumError UnsafeModelError UnsupportedModelError
-      ArtifactError                    5   CorruptArtifactError ManifestError VersionError UnsafePathError
+      SourceError                      4   DownloadError ChecksumError UnsafeModelError
+                                           UnsupportedModelError
+      ArtifactError                    5   CorruptArtifactError ManifestError VersionError
+                                           UnsafePathError
       ExportError                      6   PassError ParityError GateError OutOfSpaceError
-      InferenceError                   7   LoadError PromptTooLongError EngineCrashedError DeadlineError
-      DeviceError                      8   ConnectError HostKeyError TransferError RemoteCommandError
-                                           DoesNotFitError
+      InferenceError                   7   LoadError PromptTooLongError EngineCrashedError
+                                           DeadlineError
+      DeviceError                      8   ConnectError HostKeyError TransferError
+                                           RemoteCommandError DoesNotFitError
       ServerError                      9   QueueFullError TooLargeError NotAllowedError
 """
 

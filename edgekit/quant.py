@@ -99,5 +99,5 @@ def gguf_preset(bits: int) -> GgufPreset:
 
 
 def wants_imatrix(type_name: str) -> bool:
-    """Whether an importance matrix pays: at about 6 bits and below (it halves the KL divergence)."""
+    """Whether an importance matrix pays: at about 6 bits and below it halves the KL divergence."""
     return type_name not in (*FLOAT_TYPES, "Q8_0", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0")

@@ -81,7 +81,9 @@ class Recipe:
             )
         overrides = fields.get("overrides", [])
         if not isinstance(overrides, list) or any(
-            not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, str) for x in pair)
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(x, str) for x in pair)
             for pair in overrides
         ):
             raise RecipeError("recipe: overrides must be a list of [pattern, type] pairs")

@@ -147,19 +147,26 @@ class Generation:
 class Session(Protocol):
     """A loaded model. Not thread-safe: one caller at a time. Close it, or use it in ``with``."""
 
-    def stream(self, prompt: str, params: GenerateParams | None = None, **fields: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str, params: GenerateParams | None = None, **fields: Any
+    ) -> Iterator[str]:
         """Pieces of text as they are generated; ``fields`` override single fields of ``params``.
 
         When the iterator is exhausted (or closed), ``last`` holds the Generation.
         """
         ...
 
-    def complete(self, prompt: str, params: GenerateParams | None = None, **fields: Any) -> Generation:
+    def complete(
+        self, prompt: str, params: GenerateParams | None = None, **fields: Any
+    ) -> Generation:
         """``stream`` to its end."""
         ...
 
     def chat(
-        self, messages: Sequence[dict[str, str]], params: GenerateParams | None = None, **fields: Any
+        self,
+        messages: Sequence[dict[str, str]],
+        params: GenerateParams | None = None,
+        **fields: Any,
     ) -> Iterator[str]:
         """Stream the assistant's next turn; the prompt comes from the model's own chat template."""
         ...
@@ -207,6 +214,8 @@ def load(model: Any, *, runtime: str = "llamacpp", **fields: Any) -> Session:
             return engine.load(path, params, trusted=False)
         model = Artifact.open(path)
     if not isinstance(model, Artifact):
-        raise UsageError(f"cannot load a {type(model).__name__}; give an artifact, its folder or a GGUF file")
+        raise UsageError(
+            f"cannot load a {type(model).__name__}; give an artifact, its folder or a GGUF file"
+        )
     model.verify_sizes()
     return engine.load(model.model_path, params, trusted=True)

@@ -20,7 +20,7 @@ class ModelSource:
     ``kind`` is "hf" (a Hugging Face folder; ``path`` is the folder) or "gguf" (``path`` is the
     file). ``family`` is ``model_type`` of config.json, or ``general.architecture`` of the GGUF.
     ``files`` are names relative to the folder. ``quantized`` names the type of weights that are
-    already quantized (``Q4_1``), else None. ``revision`` is the hub's commit, when it came from one.
+    already quantized (``Q4_1``), else None. ``revision`` is the hub's commit, if there is one.
     """
 
     spec: str

@@ -1,0 +1,86 @@
+"""The command line: finds the verb, runs it, and turns errors and signals into exit codes.
+
+Knows no verb's options and no model; each verb is one file here, imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from edgekit import __version__
+from edgekit.errors import EdgekitError
+
+# One row a verb: its file in this folder, and its line in `edgekit --help` (a test compares the
+# two, so that the help needs to import no verb).
+VERBS = {
+    "export": "Make a verified artifact from a model.",
+    "run": "Answer a prompt, or chat, with an artifact.",
+    "inspect": "Show what an artifact or a model file holds.",
+    "verify": "Check every byte of an artifact against its manifest.",
+    "convert": "Turn a GGUF file into a Hugging Face folder.",
+    "doctor": "Show what this machine offers, and what the engine makes of it.",
+    "completion": "Print the completion script for a shell.",
+}
+
+
+class _Verbs(click.Group):
+    """A group that imports a verb's file only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"edgekit.cli.{cmd_name}").command
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", count=True, help="Log to stderr; -vv logs the engine's words too.")
+@click.version_option(__version__, prog_name="edgekit")
+def cli(verbose: int) -> None:
+    """From a trained model to a measured deployment on a small device, with a receipt."""
+    level = {0: logging.ERROR, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s", force=True)
+
+
+def _terminated(_signal: int, _frame: Any) -> NoReturn:
+    # SystemExit runs every `finally`, so a half-made artifact is removed on the way out.
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main() -> NoReturn:
+    """The console script. Exit codes are those of ``edgekit.errors``, 130 for Ctrl-C, 143 for TERM."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(prog_name="edgekit", standalone_mode=False)
+        sys.stdout.flush()
+    except EdgekitError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Whoever read us went away (`| head`): say nothing, and let the last flush go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    sys.exit(code if isinstance(code, int) else 0)
