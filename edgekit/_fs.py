@@ -96,6 +96,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync_dir(path.parent)
 
 
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its final name, durably and in one step."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(partial, path)
+    fsync_dir(path.parent)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's words for a bad or full disk into ours."""

@@ -10,6 +10,8 @@ import ctypes
 import functools
 import logging
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,31 @@ _recent: deque[str] = deque(maxlen=40)
 _LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}  # GGML_LOG_LEVEL_*
 
 
+_listeners: list[Callable[[str], None]] = []
+_unfinished = ""
+
+
 def _on_log(level: int, text: bytes, _user_data: Any) -> None:
-    line = text.decode("utf-8", "replace").rstrip("\n")
-    if line.strip(". "):
+    """The engine logs some lines in pieces: keep them until the line ends."""
+    global _unfinished
+    *lines, _unfinished = (_unfinished + text.decode("utf-8", "replace")).split("\n")
+    for line in lines:
+        if not line.strip(". "):
+            continue
         _recent.append(line)
         _log.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
+        for listener in _listeners:
+            listener(line)
+
+
+@contextmanager
+def listen(listener: Callable[[str], None]) -> Iterator[None]:
+    """Hear every line that the engine logs inside the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @functools.cache

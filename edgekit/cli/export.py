@@ -1,0 +1,184 @@
+"""`edgekit export`: parse, call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.artifact import Artifact
+from edgekit.cli import show
+from edgekit.errors import UsageError
+from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
+from edgekit.registry import EXPORTERS
+
+
+def _pairs(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for value in values:
+        pattern, equals, kind = value.rpartition("=")
+        if not equals or not pattern or not kind:
+            raise click.BadParameter(f"{value!r} is not PATTERN=TYPE")
+        pairs.append((pattern, kind))
+    return tuple(pairs)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--format", "format_", type=click.Choice(list(EXPORTERS)), default="gguf")
+@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6, 8 or 16 (default 4).")
+@click.option("--type", "type_", metavar="TYPE", help="A precision by name, such as Q4_K_M.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the artifact.")
+@click.option("--revision", help="Commit, tag or branch of a hub id.")
+@click.option(
+    "--calibration",
+    metavar="FILE|builtin|none",
+    help="Text for the importance matrix (default: builtin at 6 bits and below).",
+)
+@click.option("--chunks", type=click.IntRange(2, 10_000), help="Calibration chunks of 512 tokens.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    callback=_pairs,
+    metavar="PATTERN=TYPE",
+    help="Type of the tensors that a regular expression matches; may be repeated.",
+)
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="LoRA folder to merge into the model.",
+)
+@click.option("--keep-adapter", is_flag=True, help="Ship the adapter beside the model instead.")
+@click.option(
+    "--from-manifest",
+    type=click.Path(exists=True, path_type=Path),
+    help="Repeat the export of this artifact.",
+)
+@click.option("--dry-run", is_flag=True, help="Show sizes and types; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(
+    model: str | None,
+    format_: str,
+    out: Path | None,
+    revision: str | None,
+    from_manifest: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    type_: str | None,
+    keep_adapter: bool,
+    **fields: Any,
+) -> None:
+    """Make a verified artifact from MODEL.
+
+    MODEL is a Hugging Face folder, a hub id, a GGUF file, or the built-in name smollm2-135m.
+
+    \b
+    edgekit export smollm2-135m --format gguf --bits 4
+    edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
+    """
+    if from_manifest is not None:
+        if model or dry_run or type_ or fields["bits"] or fields["overrides"]:
+            raise UsageError("--from-manifest takes the model and its recipe from the manifest")
+        if out is None:
+            raise UsageError("--from-manifest needs --out")
+        with show.progress(quiet=as_json) as progress:
+            artifact = repeat(
+                from_manifest,
+                out=out,
+                progress=progress,
+                calibration=fields["calibration"],
+                adapter=fields["adapter"],
+            )
+        return _render(artifact, as_json)
+    if model is None:
+        raise UsageError(
+            "which model?", hint="edgekit export smollm2-135m --bits 4 makes a small one"
+        )
+    options = ExportOptions(type=type_, adapter_mode="keep" if keep_adapter else "merge", **fields)
+    found = plan(model, format_, revision=revision, options=options)
+    for warning in found.warnings:
+        show.warn(warning)
+    if dry_run:
+        return _render_plan(found, as_json)
+    out = out or Path("build") / f"{Path(model).stem}-{found.recipe.type.lower()}"
+    with show.progress(quiet=as_json) as progress:
+        artifact = export(
+            model, format_, out=out, revision=revision, progress=progress, **vars(options)
+        )
+    _render(artifact, as_json)
+
+
+def _render_plan(found: ExportPlan, as_json: bool) -> None:
+    if as_json:
+        return show.as_json(
+            {
+                "recipe": found.recipe.to_dict(),
+                "size_bytes": found.size_bytes,
+                "scratch_bytes": found.scratch_bytes,
+                "bits_per_weight": found.bits_per_weight,
+                "warnings": list(found.warnings),
+                "tensors": [vars(tensor) for tensor in found.tensors],
+            }
+        )
+    rows = [
+        (
+            tensor.name,
+            " x ".join(str(n) for n in tensor.shape),
+            tensor.source_type,
+            tensor.type,
+            "" if tensor.type == tensor.wanted else f"falls back from {tensor.wanted}",
+            show.size(tensor.size_bytes),
+        )
+        for tensor in found.tensors
+    ]
+    show.table(rows, head=("tensor", "shape", "from", "to", "", "size"))
+    click.echo(
+        f"{found.recipe.type}: {show.size(found.size_bytes)}, {found.bits_per_weight:.2f} bits per"
+        f" weight, {len(found.fallbacks)} of {len(rows)} tensors fall back; nothing was written"
+    )
+
+
+def _render(artifact: Artifact, as_json: bool) -> None:
+    manifest = artifact.manifest
+    if as_json:
+        return show.as_json(
+            {
+                "path": str(artifact.path),
+                "sha256": artifact.sha256,
+                "size_bytes": artifact.size_bytes,
+                "recipe": manifest.recipe.to_dict(),
+                "source": manifest.source,
+                "details": manifest.details,
+                "receipt": manifest.receipt,
+            }
+        )
+    details = manifest.details
+    rows = [
+        ("artifact", str(artifact.path)),
+        ("model", f"{manifest.source['spec']} ({details['architecture']})"),
+        ("type", f"{manifest.recipe.type}, {details['bits_per_weight']:.2f} bits per weight"),
+        ("size", show.size(artifact.size_bytes)),
+        ("tensors", ", ".join(f"{count} {kind}" for kind, count in details["types"].items())),
+    ]
+    if manifest.recipe.calibration:
+        calibration = manifest.recipe.calibration
+        rows.append(("calibrated on", f"{calibration.text}, {calibration.chunks} chunks"))
+    if details["requantized_from"]:
+        rows.append(("re-quantized from", details["requantized_from"]))
+    if details["fallbacks"]:
+        rows.append(("fallbacks", _fallbacks(details["fallbacks"])))
+    rows.append(("receipt", manifest.receipt["status"]))
+    rows.append(("sha256", artifact.sha256))
+    show.table(rows)
+
+
+def _fallbacks(rows: list[dict[str, str]]) -> str:
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        key = (row["wanted"], row["type"])
+        counts[key] = counts.get(key, 0) + 1
+    return ", ".join(f"{n} tensors {was} -> {now}" for (was, now), n in counts.items())

@@ -1,0 +1,258 @@
+"""Export: resolve the recipe, check the room, run the exporter, hash, commit.
+
+Knows the order of the work and the manifest; never a format's bytes, those are the exporters'.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgekit import __version__, _fs
+from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest, is_artifact
+from edgekit.errors import RecipeError, UsageError
+from edgekit.recipe import Recipe
+from edgekit.registry import EXPORTERS
+from edgekit.source import ModelSource
+from edgekit.source import source as resolve_source
+
+# progress(stage, done, total): what is being done, and how far it is in units of its own.
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """For callers that do not watch."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may ask of an export; None means "the documented default".
+
+    ``calibration`` is "builtin", "none" or a text file; ``overrides`` are (pattern, tensor type);
+    ``adapter`` is a LoRA folder, merged in or (``adapter_mode`` "keep") shipped beside the model.
+    """
+
+    bits: int | None = None
+    type: str | None = None
+    calibration: str | Path | None = None
+    chunks: int | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+    adapter: Path | None = None
+    adapter_mode: str = "merge"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What will become of one tensor. ``wanted`` differs from ``type`` where that type cannot hold
+    the tensor's shape and a larger one steps in. ``shape`` is in the format's own order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    wanted: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would make: sizes in bytes, bits per weight, the type of every tensor.
+
+    ``scratch_bytes`` is needed on the output's disk while the work runs, beside ``size_bytes``.
+    """
+
+    recipe: Recipe
+    size_bytes: int
+    scratch_bytes: int
+    bits_per_weight: float
+    tensors: tuple[TensorPlan, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def fallbacks(self) -> list[TensorPlan]:
+        return [tensor for tensor in self.tensors if tensor.type != tensor.wanted]
+
+
+@dataclass(frozen=True)
+class Product:
+    """What an exporter left in its folder: (role, file name) pairs, and facts for the manifest."""
+
+    files: tuple[tuple[str, str], ...]
+    details: dict[str, Any] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+
+
+class Exporter(Protocol):
+    """A format. One object serves one export: options in, recipe out, then plan or run."""
+
+    def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
+        """Resolve the options to a recipe, and remember the files they name."""
+        ...
+
+    def plan(self, source: ModelSource, recipe: Recipe) -> ExportPlan:
+        """What ``run`` would make, without reading a weight."""
+        ...
+
+    def run(
+        self, source: ModelSource, plan: ExportPlan, folder: Path, progress: Progress
+    ) -> Product:
+        """Fill ``folder``. Everything in it afterwards belongs to the artifact."""
+        ...
+
+
+def plan(
+    model: str | Path | ModelSource,
+    format: str = "gguf",
+    *,
+    revision: str | None = None,
+    options: ExportOptions | None = None,
+) -> ExportPlan:
+    """What ``export`` would make, without making it. Raises what ``export`` raises."""
+    return _prepare(model, format, revision, options or ExportOptions())[2]
+
+
+def export(
+    model: str | Path | ModelSource,
+    format: str = "gguf",
+    *,
+    out: str | Path,
+    revision: str | None = None,
+    progress: Progress = no_progress,
+    expect: Recipe | None = None,
+    **options: Any,
+) -> Artifact:
+    """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
+
+    An artifact that is already there is replaced in one step, and stays whole if the export fails.
+    ``expect`` is the recipe of an earlier export that this one must repeat.
+    Raises UsageError, SourceError, ExportError, OutOfSpaceError, MissingExtraError.
+    """
+    try:
+        chosen = ExportOptions(**options)
+    except TypeError as error:
+        raise UsageError(f"export() {str(error).partition(') ')[2]}") from None
+    out = Path(out)
+    source, exporter, plan = _prepare(model, format, revision, chosen)
+    if expect is not None and plan.recipe != expect:
+        raise RecipeError(
+            f"these options do not repeat the earlier export: {_difference(expect, plan.recipe)}",
+            hint="give the calibration text and the adapter that the earlier export used",
+        )
+    if _inside(source.path, out):
+        raise UsageError(f"--out {out} lies inside the model's own folder")
+    _fs.require_space(out.absolute(), plan.size_bytes + plan.scratch_bytes)
+    with _fs.staged(out, owns=is_artifact) as folder:
+        product = exporter.run(source, plan, folder, progress)
+        manifest = Manifest(
+            format=format,
+            recipe=plan.recipe,
+            source=_describe(source, progress),
+            files=tuple(_hashed(folder, role, name, progress) for role, name in product.files),
+            details=product.details,
+            versions=_versions(product.packages),
+        )
+        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    return Artifact.open(out)
+
+
+def repeat(
+    manifest_of: str | Path,
+    *,
+    out: str | Path,
+    progress: Progress = no_progress,
+    calibration: str | Path | None = None,
+    adapter: Path | None = None,
+) -> Artifact:
+    """Make an artifact again from its manifest: the same recipe on the same source.
+
+    The source is found where it was (or on the hub, at the pinned revision) and must have the same
+    hashes. A calibration text or an adapter that was a file must be given again.
+    Raises RecipeError or SourceError when it is not the same.
+    """
+    earlier = Artifact.open(manifest_of).manifest
+    recipe = earlier.recipe
+    source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
+    if source.hashes() != earlier.source["sha256"]:
+        raise RecipeError(f"{source.spec} is not the model that the manifest was made from")
+    if calibration is None:
+        calibration = "builtin" if recipe.calibration else "none"
+    return export(
+        source,
+        earlier.format,
+        out=out,
+        progress=progress,
+        expect=recipe,
+        type=recipe.type,
+        calibration=calibration,
+        chunks=recipe.calibration.chunks if recipe.calibration else None,
+        overrides=recipe.overrides,
+        adapter=adapter,
+        adapter_mode=recipe.adapter_mode,
+    )
+
+
+def _prepare(
+    model: str | Path | ModelSource, format: str, revision: str | None, options: ExportOptions
+) -> tuple[ModelSource, Exporter, ExportPlan]:
+    exporter: Exporter = EXPORTERS.load(format)()
+    source = (
+        model if isinstance(model, ModelSource) else resolve_source(str(model), revision=revision)
+    )
+    recipe = exporter.recipe(source, options)
+    return source, exporter, exporter.plan(source, recipe)
+
+
+def _difference(earlier: Recipe, now: Recipe) -> str:
+    old, new = earlier.to_dict(), now.to_dict()
+    return ", ".join(f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key])
+
+
+def _inside(folder: Path, out: Path) -> bool:
+    return folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
+
+
+def _describe(source: ModelSource, progress: Progress) -> dict[str, Any]:
+    total = sum(source.file_path(name).stat().st_size for name in source.files)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("hash the source", done, total)
+
+    return {
+        "spec": source.spec,
+        "kind": source.kind,
+        "family": source.family,
+        "revision": source.revision,
+        "quantized": source.quantized,
+        "sha256": source.hashes(on_bytes),
+    }
+
+
+def _hashed(folder: Path, role: str, name: str, progress: Progress) -> ArtifactFile:
+    path = folder / name
+    size = path.stat().st_size
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("hash the output", done, size)
+
+    return ArtifactFile(role, name, size, _fs.sha256_file(path, on_bytes))
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {"edgekit": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

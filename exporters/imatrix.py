@@ -1,0 +1,312 @@
+"""The importance matrix: how strongly each input column of each weight matrix is used.
+
+Computed on the engine itself, from the squared activations over a calibration text, and kept in
+llama.cpp's own GGUF form (github.com/ggml-org/llama.cpp, tools/imatrix). Knows GGUF models and
+text; never recipes or quantization types.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from edgekit import _fs, _proc
+from edgekit.errors import ExportError, LoadError, RecipeError
+from edgekit.formats import gguf
+from edgekit.llama_library import library, recent_log
+from edgekit.recipe import Calibration
+
+BUILTIN = "builtin"
+DEFAULT_CHUNKS = 32
+_CHUNK_TOKENS = 512
+_MAX_TEXT_BYTES = 64 << 20
+_ALGORITHM = 1  # part of the cache key: raise it when the figures would change
+
+_OP_MUL_MAT = "MUL_MAT"
+_TYPE_F32 = 0
+
+
+def calibration(choice: str | Path, chunks: int | None) -> tuple[Calibration, bytes]:
+    """The calibration that a user's choice ("builtin" or a text file) names, and its text.
+
+    Raises RecipeError when the file cannot be read, is not UTF-8 or is larger than 64 MiB.
+    """
+    if str(choice) == BUILTIN:
+        text = resources.files("edgekit.exporters").joinpath("calibration.txt").read_bytes()
+        name = BUILTIN
+    else:
+        try:
+            with Path(choice).open("rb") as file:
+                text = file.read(_MAX_TEXT_BYTES + 1)
+            text.decode("utf-8")
+        except OSError as error:
+            raise RecipeError(
+                f"cannot read the calibration text {choice}: {error.strerror}",
+                hint="give a text file, 'builtin' or 'none'",
+            ) from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"the calibration text {choice} is not UTF-8") from None
+        if len(text) > _MAX_TEXT_BYTES:
+            raise RecipeError(f"the calibration text {choice} is larger than 64 MiB")
+        name = Path(choice).name
+    digest = hashlib.sha256(text).hexdigest()
+    return Calibration(name, digest, chunks or DEFAULT_CHUNKS, _CHUNK_TOKENS), text
+
+
+def cached(
+    model: Path,
+    model_key: dict[str, str],
+    calibration: Calibration,
+    text: bytes,
+    on_chunk: Callable[[int, int], None],
+) -> Path:
+    """The importance matrix of a GGUF model over ``text``, computed once and kept.
+
+    ``model_key`` holds the hashes that identify the model's weights. ``on_chunk`` hears (done,
+    total). Raises ExportError when the text is too short, LoadError when the engine refuses.
+    """
+    key = json.dumps([_ALGORITHM, model_key, asdict(calibration)], sort_keys=True)
+    path = _fs.home("cache") / "imatrix" / f"{hashlib.sha256(key.encode()).hexdigest()}.gguf"
+    if path.is_file() and _whole(path):
+        return path
+    scratch = path.with_suffix(f".{os.getpid()}.text")
+    _fs.write_atomic(scratch, text)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        _proc.call(
+            "edgekit.exporters.imatrix:_compute",
+            {
+                "model": str(model),
+                "text": str(scratch),
+                "out": str(partial),
+                "chunks": calibration.chunks,
+                "chunk_tokens": calibration.chunk_tokens,
+                "name": calibration.text,
+            },
+            timeout_s=None,
+            what="computing the importance matrix",
+            on_report=lambda message: on_chunk(*message),
+        )
+        _fs.publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Weight name -> mean squared activation per input column, float32 arrays of (columns,)."""
+    import numpy as np
+
+    header = gguf.read(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+
+    def floats(name: str) -> Any:
+        tensor = header.tensor(name)
+        return data[tensor.offset : tensor.offset + tensor.size_bytes].view(np.float32)
+
+    names = [t.name.removesuffix(".in_sum2") for t in header.tensors if t.name.endswith(".in_sum2")]
+    return {
+        name: np.ascontiguousarray(floats(f"{name}.in_sum2") / floats(f"{name}.counts")[0])
+        for name in names
+    }
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return gguf.read(path).metadata.get("general.type") == "imatrix"
+    except Exception:
+        path.unlink(missing_ok=True)
+        return False
+
+
+class _Tensor(ctypes.Structure):
+    """The head of ggml_tensor (ggml.h), as far as names, shapes and data are needed."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+    def source(self, index: int) -> _Tensor:
+        return ctypes.cast(self.src[index], ctypes.POINTER(_Tensor)).contents
+
+
+class _Collector:
+    """Sums squared inputs of every block's matrix products, as the engine computes them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._rows: dict[str, int] = {}
+        self._same: dict[str, str] = {}
+        self._asked: tuple[int, str] = (0, "")
+
+    def __call__(self, pointer: int, asking: bool, _user_data: Any) -> bool:
+        """The engine's evaluation callback: first "do you want this node?", then its data."""
+        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+        if asking:
+            return self._wanted(tensor)
+        self._add(tensor)
+        return True
+
+    def entries(self) -> dict[str, tuple[Any, int]]:
+        """Weight name -> (sums of squares per column, rows summed), sorted by name."""
+        own = {name: (self._sums[name], self._rows[name]) for name in self._sums}
+        return dict(sorted((own | {n: own[first] for n, first in self._same.items()}).items()))
+
+    def _wanted(self, tensor: _Tensor) -> bool:
+        if tensor.op != _mul_mat_op():
+            return False
+        weight, inputs = tensor.source(0), tensor.source(1)
+        if not weight.name.startswith(b"blk.") or inputs.type != _TYPE_F32:
+            return False
+        name = weight.name.decode()
+        # Query, key and value read one input, gate and up another: each stop of the engine costs
+        # a synchronization, so the followers share the figures of the first.
+        if self._asked[0] == tensor.src[1]:
+            self._same[name] = self._asked[1]
+            return False
+        self._asked = (tensor.src[1], name)
+        return True
+
+    def _add(self, tensor: _Tensor) -> None:
+        import numpy as np
+
+        weight, inputs = tensor.source(0), tensor.source(1)
+        columns, rows = inputs.ne[0], inputs.ne[1]
+        pointer = ctypes.cast(inputs.data, ctypes.POINTER(ctypes.c_float))
+        values = np.ctypeslib.as_array(pointer, shape=(rows, inputs.nb[1] // 4))[:, :columns]
+        name = weight.name.decode()
+        squares = np.einsum("rc,rc->c", values, values).astype(np.float64)
+        self._sums[name] = self._sums.get(name, 0) + squares
+        self._rows[name] = self._rows.get(name, 0) + rows
+
+
+@functools.cache
+def _mul_mat_op() -> int:
+    """ggml's number for a matrix product, asked from the library: enums move between versions."""
+    from edgekit.llama_library import ggml_library
+
+    op_name = ggml_library().ggml_op_name
+    op_name.restype = ctypes.c_char_p
+    return next(op for op in range(200) if op_name(op) == _OP_MUL_MAT.encode())
+
+
+@contextmanager
+def _context(model: str, chunk_tokens: int, collector: Any) -> Iterator[tuple[Any, Any]]:
+    """A loaded model and a context whose every graph node passes the collector."""
+    llama = library()
+    model_params = llama.llama_model_default_params()
+    model_params.n_gpu_layers = 0  # activations are read where they lie, so they must lie in RAM
+    loaded = llama.llama_model_load_from_file(model.encode(), model_params)
+    if not loaded:
+        raise LoadError(f"llama.cpp refused the model: {(recent_log() or ['no reason given'])[-1]}")
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = chunk_tokens
+    params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+    params.cb_eval = llama.ggml_backend_sched_eval_callback(collector)
+    context = llama.llama_init_from_model(loaded, params)
+    try:
+        if not context:
+            raise LoadError("llama.cpp could not make a context for the importance matrix")
+        yield loaded, context
+    finally:
+        if context:
+            llama.llama_free(context)
+        llama.llama_model_free(loaded)
+
+
+def _compute(model: str, text: str, out: str, chunks: int, chunk_tokens: int, name: str) -> None:
+    """Child side of ``cached``: tokenize, run every chunk on its own, write the sums."""
+    import numpy as np
+
+    llama = library()
+    collector = _Collector()
+    with _context(model, chunk_tokens, collector) as (loaded, context):
+        vocab = llama.llama_model_get_vocab(loaded)
+        tokens = _tokenize(vocab, Path(text).read_bytes())
+        available = len(tokens) // chunk_tokens
+        if available < 2:
+            raise ExportError(
+                f"the calibration text has {len(tokens)} tokens, not even {2 * chunk_tokens}",
+                hint="give a longer --calibration text",
+            )
+        chunks = min(chunks, available)
+        # Spread over the whole text, so that fewer chunks still see all of its kinds.
+        starts = np.linspace(0, available - 1, chunks).astype(int) * chunk_tokens
+        batch = llama.llama_batch_init(chunk_tokens, 0, 1)
+        for done, start in enumerate(starts, 1):
+            _fill(batch, tokens[start : start + chunk_tokens])
+            if llama.llama_vocab_get_add_bos(vocab):
+                batch.token[0] = llama.llama_vocab_bos(vocab)
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            if llama.llama_decode(context, batch):
+                raise ExportError("llama.cpp failed while computing the importance matrix")
+            _proc.report([done, chunks])
+        llama.llama_batch_free(batch)
+    entries = collector.entries()
+    for tensor, (sums, _) in entries.items():
+        if not np.isfinite(sums).all():
+            raise ExportError(f"the model's activations at {tensor} are not finite")
+    with _fs.disk_errors(Path(out)):
+        _write(Path(out), entries, name, chunks, chunk_tokens)
+
+
+def _fill(batch: Any, tokens: Any) -> None:
+    batch.n_tokens = len(tokens)
+    for position, token in enumerate(tokens):
+        batch.token[position] = int(token)
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        # The last layer drops rows whose output nobody asked for, so ask for all.
+        batch.logits[position] = True
+
+
+def _tokenize(vocab: Any, text: bytes) -> Any:
+    import numpy as np
+
+    llama = library()
+    room = len(text) + 8
+    buffer = (llama.llama_token * room)()
+    count = llama.llama_tokenize(vocab, text, len(text), buffer, room, False, False)
+    return np.ctypeslib.as_array(buffer)[:count].copy()
+
+
+def _write(
+    path: Path, entries: dict[str, tuple[Any, int]], name: str, chunks: int, chunk_tokens: int
+) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, arch="")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [name])
+    writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_uint32("imatrix.chunk_size", chunk_tokens)
+    for tensor, (sums, rows) in entries.items():
+        writer.add_tensor(f"{tensor}.in_sum2", sums.astype(np.float32)[None])
+        writer.add_tensor(f"{tensor}.counts", np.array([[rows]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
