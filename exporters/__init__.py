@@ -1,4 +1,9 @@
-"""The shelf of exporters: see docs for how to add one. Imported as edgekit.exporters, never as exporters."""
+"""The shelf of exporters, imported as edgekit.exporters: one file each, found through the registry.
+
+Never imported as `exporters`, for then its files would exist twice.
+"""
 
 if __name__ != "edgekit.exporters":
-    raise ImportError("'exporters' is a folder of edgekit: import edgekit.exporters (pip install -e . first)")
+    raise ImportError(
+        "'exporters' is a folder of edgekit: `pip install -e .`, then import edgekit.exporters"
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -20,10 +19,10 @@ from edgekit.errors import EdgekitError
 # One row a verb: its file in this folder, and its line in `edgekit --help` (a test compares the
 # two, so that the help needs to import no verb).
 VERBS = {
-    "export": "Make a verified artifact from a model.",
+    "export": "Make a verified artifact from MODEL.",
     "run": "Answer a prompt, or chat, with an artifact.",
-    "inspect": "Show what an artifact or a model file holds.",
-    "verify": "Check every byte of an artifact against its manifest.",
+    "inspect": "Show what an artifact or a GGUF file holds; no weight is read.",
+    "verify": "Check every byte of ARTIFACT against its manifest.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
     "doctor": "Show what this machine offers, and what the engine makes of it.",
     "completion": "Print the completion script for a shell.",
@@ -67,7 +66,6 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(prog_name="edgekit", standalone_mode=False)
-        sys.stdout.flush()
     except EdgekitError as error:
         click.echo(f"error: {error.message}", err=True)
         if error.hint:
@@ -79,8 +77,4 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # Whoever read us went away (`| head`): say nothing, and let the last flush go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     sys.exit(code if isinstance(code, int) else 0)
