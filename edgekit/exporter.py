@@ -99,9 +99,17 @@ class Exporter(Protocol):
         ...
 
     def run(
-        self, source: ModelSource, plan: ExportPlan, folder: Path, progress: Progress
+        self,
+        source: ModelSource,
+        hashes: dict[str, str],
+        plan: ExportPlan,
+        folder: Path,
+        progress: Progress,
     ) -> Product:
-        """Fill ``folder``. Everything in it afterwards belongs to the artifact."""
+        """Fill ``folder``. Everything in it afterwards belongs to the artifact.
+
+        ``hashes`` are the SHA-256 of the source's files: what a cache may be keyed by.
+        """
         ...
 
 
@@ -147,11 +155,19 @@ def export(
         raise UsageError(f"--out {out} lies inside the model's own folder")
     _fs.require_space(out.absolute(), plan.size_bytes + plan.scratch_bytes)
     with _fs.staged(out, owns=is_artifact) as folder:
-        product = exporter.run(source, plan, folder, progress)
+        hashes = _source_hashes(source, progress)
+        product = exporter.run(source, hashes, plan, folder, progress)
         manifest = Manifest(
             format=format,
             recipe=plan.recipe,
-            source=_describe(source, progress),
+            source={
+                "spec": source.spec,
+                "kind": source.kind,
+                "family": source.family,
+                "revision": source.revision,
+                "quantized": source.quantized,
+                "sha256": hashes,
+            },
             files=tuple(_hashed(folder, role, name, progress) for role, name in product.files),
             details=product.details,
             versions=_versions(product.packages),
@@ -216,8 +232,8 @@ def _inside(folder: Path, out: Path) -> bool:
     return folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
 
 
-def _describe(source: ModelSource, progress: Progress) -> dict[str, Any]:
-    total = sum(source.file_path(name).stat().st_size for name in source.files)
+def _source_hashes(source: ModelSource, progress: Progress) -> dict[str, str]:
+    total = source.size_bytes
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -225,14 +241,7 @@ def _describe(source: ModelSource, progress: Progress) -> dict[str, Any]:
         done += count
         progress("hash the source", done, total)
 
-    return {
-        "spec": source.spec,
-        "kind": source.kind,
-        "family": source.family,
-        "revision": source.revision,
-        "quantized": source.quantized,
-        "sha256": source.hashes(on_bytes),
-    }
+    return source.hashes(on_bytes)
 
 
 def _hashed(folder: Path, role: str, name: str, progress: Progress) -> ArtifactFile:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from edgekit.errors import UnknownNameError
+from edgekit.errors import MissingExtraError, UnknownNameError
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -29,9 +29,10 @@ class Shelf(Mapping[str, str]):
     built-in row wins over a stranger's row of the same name.
     """
 
-    def __init__(self, noun: str, group: str, rows: Mapping[str, str]) -> None:
+    def __init__(self, noun: str, group: str, rows: Mapping[str, str], *, extra: str) -> None:
         self.noun = noun
         self.group = group
+        self.extra = extra
         self._rows = dict(rows)
 
     def _strangers(self) -> dict[str, EntryPoint]:
@@ -51,20 +52,28 @@ class Shelf(Mapping[str, str]):
     def load(self, name: str) -> Any:
         """Import and return what ``name`` stands for.
 
-        Raises UnknownNameError (with a near name as the hint) when no row has that name.
+        Raises UnknownNameError (with a near name as the hint) when no row has that name, and
+        MissingExtraError when a package that it needs is not installed.
         """
         if name not in list(self):
             raise UnknownNameError(
                 f"no {self.noun} is called '{name}'", hint=did_you_mean(name, list(self))
             )
         module, _, attribute = self[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in ("", "edgekit"):
+                raise
+            raise MissingExtraError(self.extra, missing=missing) from None
 
 
 EXPORTERS = Shelf(
     "export format",
     "edgekit.exporters",
-    {"gguf": "edgekit.exporters.to_gguf:GgufExporter", "hf": "edgekit.exporters.to_hf:HfExporter"},
+    {"gguf": "edgekit.exporters.to_gguf:GgufExporter"},
+    extra="export",
 )
 
 RUNTIMES = Shelf(
@@ -74,6 +83,7 @@ RUNTIMES = Shelf(
         "llamacpp": "edgekit.runtimes.llamacpp:LlamaCppRuntime",
         "echo": "edgekit.runtimes.echo:EchoRuntime",
     },
+    extra="llama",
 )
 
 # One row per `model_type` of a config.json: the file that maps its tensors and metadata to GGUF.
@@ -90,4 +100,5 @@ GGUF_FAMILIES = Shelf(
         "gemma3_text": "edgekit.exporters.arch.gemma3:Gemma3",
         "gpt2": "edgekit.exporters.arch.gpt2:Gpt2",
     },
+    extra="export",
 )

@@ -109,7 +109,12 @@ class GgufExporter:
         return {row.name: row for row in rows}
 
     def run(
-        self, source: ModelSource, plan: ExportPlan, folder: Path, progress: Progress
+        self,
+        source: ModelSource,
+        hashes: dict[str, str],
+        plan: ExportPlan,
+        folder: Path,
+        progress: Progress,
     ) -> Product:
         """Write the model (and the importance matrix it was made with) into ``folder``."""
         recipe = plan.recipe
@@ -118,11 +123,11 @@ class GgufExporter:
         patch = self._adapter.patch if self._adapter and recipe.adapter_mode == "merge" else None
         packages = ["gguf", "numpy"]
         if source.kind == "hf" and recipe.type in quant.FLOAT_TYPES:
-            hf_to_gguf.write(source, model, recipe.type, progress=progress, patch=patch)
+            hf_to_gguf.write(source, model, recipe.type, progress=_floats(progress), patch=patch)
         else:
             packages.append("llama-cpp-python")
             with self._float_file(source, recipe, folder, progress, patch) as path:
-                matrix = self._matrix(path, source, recipe, progress)
+                matrix = self._matrix(path, hashes, recipe, progress)
                 quantizer.quantize(
                     path,
                     model,
@@ -153,16 +158,18 @@ class GgufExporter:
             yield source.path
             return
         scratch = folder / _SCRATCH_FILE
-        hf_to_gguf.write(source, scratch, _float_type(recipe), progress=progress, patch=patch)
+        hf_to_gguf.write(
+            source, scratch, _float_type(recipe), progress=_floats(progress), patch=patch
+        )
         yield scratch
         scratch.unlink()
 
     def _matrix(
-        self, path: Path, source: ModelSource, recipe: Recipe, progress: Progress
+        self, path: Path, hashes: dict[str, str], recipe: Recipe, progress: Progress
     ) -> Path | None:
         if recipe.calibration is None:
             return None
-        key = source.hashes()
+        key = dict(hashes)
         if self._adapter and recipe.adapter_mode == "merge":
             key["adapter"] = self._adapter.sha256
         return imatrix.cached(
@@ -172,6 +179,10 @@ class GgufExporter:
             self._calibration_text,
             partial(progress, "importance matrix"),
         )
+
+
+def _floats(progress: Progress) -> Progress:
+    return lambda _tensor, done, total: progress("convert to GGUF", done, total)
 
 
 def _float_type(recipe: Recipe) -> str:

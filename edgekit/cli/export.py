@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgekit.cli import show
 from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
 from edgekit.registry import EXPORTERS
+from edgekit.source import source as find_source
 
 
 def _pairs(
@@ -99,16 +101,16 @@ def command(
             "which model?", hint="edgekit export smollm2-135m --bits 4 makes a small one"
         )
     options = ExportOptions(type=type_, adapter_mode="keep" if keep_adapter else "merge", **fields)
-    found = plan(model, format_, revision=revision, options=options)
+    with show.progress(quiet=as_json) as progress:
+        source = find_source(model, revision=revision, on_progress=partial(progress, "download"))
+    found = plan(source, format_, options=options)
     for warning in found.warnings:
         show.warn(warning)
     if dry_run:
         return _render_plan(found, as_json)
     out = out or Path("build") / f"{Path(model).stem}-{found.recipe.type.lower()}"
     with show.progress(quiet=as_json) as progress:
-        artifact = export(
-            model, format_, out=out, revision=revision, progress=progress, **vars(options)
-        )
+        artifact = export(source, format_, out=out, progress=progress, **vars(options))
     _render(artifact, as_json)
 
 
