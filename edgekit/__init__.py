@@ -6,6 +6,8 @@ The public names, loaded when first used. Importing this package imports no engi
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +49,6 @@ __all__ = [  # noqa: RUF022 (grouped as in _HOMES, which a test compares)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'edgekit' has no attribute '{name}'")
-    # `source` is a function and a submodule: the function is what the public name means.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -55,3 +56,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """``source`` is a function and a submodule: the public name means the function, always."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever first imports the submodule makes Python bind it here.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -5,10 +5,9 @@ Knows only how to print a report; never looks at the machine itself.
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from edgekit.cli import show
 from edgekit.doctor import Engine, Report, examine
 from edgekit.machine import Cpu, Memory
 
@@ -22,12 +21,12 @@ def command(as_json: bool) -> None:
     """
     report = examine()
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        show.as_json(report.to_dict())
     else:
-        click.echo("\n".join(_lines(report)))
+        show.table(_rows(report))
 
 
-def _lines(report: Report) -> list[str]:
+def _rows(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("board", report.board or "-"),
         ("cpu", _cpu(report.cpu, report.cpu_limit)),
@@ -35,17 +34,17 @@ def _lines(report: Report) -> list[str]:
         ("engine", _engine(report.engine)),
         ("engine uses", " ".join(report.engine.features) or "-"),
         ("memory", _memory(report.memory)),
-        ("disk", f"{_size(report.disk_free_bytes)} free for {report.home}"),
+        ("disk", f"{show.size(report.disk_free_bytes)} free for {report.home}"),
         ("versions", " ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-    lines = [f"{name:<12} {text}" for name, text in rows]
     for name, extra in report.extras.items():
-        state = "installed" if extra.installed else f"lacks {', '.join(extra.missing)}"
-        lines.append(f"{'[' + name + ']':<12} {state}")
+        state = "installed"
         if not extra.installed:
-            lines.append(f"{'':<12} {extra.install}")
-    lines += [f"{'WARN':<12} {warning}" for warning in report.warnings]
-    return lines
+            state = f"lacks {', '.join(extra.missing)}: {extra.install}"
+        rows.append((f"[{name}]", state))
+    # The warnings are the answer here, so they go where the rest of it goes.
+    rows += [("WARNING", warning) for warning in report.warnings]
+    return rows
 
 
 def _cpu(cpu: Cpu, limit: float | None) -> str:
@@ -67,16 +66,12 @@ def _engine(engine: Engine) -> str:
 def _memory(memory: Memory) -> str:
     parts = []
     if memory.available_bytes is not None and memory.total_bytes is not None:
-        parts.append(f"{_size(memory.available_bytes)} free of {_size(memory.total_bytes)}")
+        parts.append(f"{show.size(memory.available_bytes)} free of {show.size(memory.total_bytes)}")
     parts.append(
-        f"swap {_size(memory.swap_used_bytes)} used of {_size(memory.swap_total_bytes)}"
+        f"swap {show.size(memory.swap_used_bytes)} used of {show.size(memory.swap_total_bytes)}"
         if memory.swap_total_bytes
         else "no swap"
     )
     if memory.limit_bytes is not None:
-        parts.append(f"a cgroup allows {_size(memory.limit_bytes)}")
+        parts.append(f"a cgroup allows {show.size(memory.limit_bytes)}")
     return ", ".join(parts)
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"

@@ -238,6 +238,18 @@ def test_public_names_are_honest() -> None:
     assert stubs == set(edgekit._HOMES), "what type checkers see is what exists"
 
 
+def test_a_public_name_is_never_a_submodule() -> None:
+    """`edgekit.source` is a function, even after somebody imported the module of that name."""
+    code = (
+        "import importlib, types, edgekit\n"
+        "for home in set(edgekit._HOMES.values()): importlib.import_module(home)\n"
+        "values = {name: getattr(edgekit, name) for name in edgekit.__all__}\n"
+        "print([name for name in values if isinstance(values[name], types.ModuleType)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     "code",
     ["import edgekit", "import edgekit.cli as c; c.cli(['--help'], standalone_mode=False)"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,7 +157,7 @@ def test_the_variants_are_those_of_llama_cpp(llama_source: Path) -> None:
     assert ours == {name: needs for name, needs in known.items() if not foreign.match(name)}
 
 
-def test_the_real_engine_answers(cli) -> None:  # type: ignore[no-untyped-def]
+def test_the_real_engine_answers(cli: Any) -> None:
     done = cli("doctor", "--json")
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout)
@@ -177,7 +178,7 @@ def test_doctor_prints_the_pip_line_of_a_missing_extra(
     assert extras["llama"].installed
 
 
-def test_the_sysroot_is_read_from_the_environment(cli, pi5: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_sysroot_is_read_from_the_environment(cli: Any, pi5: Path) -> None:
     done = cli("doctor", EDGEKIT_SYSROOT=str(pi5))
     assert done.code == 0
     assert "Cortex-A76, aarch64, 4 cores" in done.stdout
