@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
 from edgekit import _fs, model_folder
@@ -38,10 +38,8 @@ _API_TIMEOUT_S = 30.0
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Progress(Protocol):
-    """Hears how far a download is: file, bytes of all files so far, bytes in total."""
-
-    def __call__(self, name: str, done_bytes: int, total_bytes: int, /) -> None: ...
+# progress(done_bytes, total_bytes), over all files of a download.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def _download(
         for file in missing:
             report = None
             if on_progress:
-                report = _Report(on_progress, file.name, done, total)
+                report = _Report(on_progress, done, total)
             _fetch_file(repo, commit, file, work, report)
             done += file.size_bytes
         with _fs.staged(cache / commit, owns=lambda _: True) as snapshot:
@@ -228,11 +226,11 @@ def _download(
 class _Report:
     """A file's share of the progress of all."""
 
-    def __init__(self, on_progress: Progress, name: str, before: int, total: int) -> None:
-        self._tell, self._name, self._before, self._total = on_progress, name, before, total
+    def __init__(self, on_progress: Progress, before_bytes: int, total_bytes: int) -> None:
+        self._tell, self._before, self._total = on_progress, before_bytes, total_bytes
 
     def __call__(self, file_bytes: int) -> None:
-        self._tell(self._name, self._before + file_bytes, self._total)
+        self._tell(self._before + file_bytes, self._total)
 
 
 def _partial(work: Path, file: RemoteFile) -> Path:
