@@ -199,25 +199,24 @@ def _download(
     cache: Path,
     on_progress: Progress | None,
 ) -> None:
-    """Fill ``<commit>.download``, which survives a break, and commit it as ``<commit>``."""
+    """Fill ``<commit>.download``, which survives a break, and commit it as ``<commit>``.
+
+    Staging the commit from the start also keeps a second download of it out.
+    """
     work = cache / f"{commit}.download"
-    with _fs.disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
+    total = sum(file.size_bytes for file in files)
+    with _fs.disk_errors(work), _fs.staged(cache / commit, owns=lambda _: True) as snapshot:
+        work.mkdir(exist_ok=True)
         missing = [file for file in files if not (work / file.name).is_file()]
-        present = sum(file.size_bytes for file in files) - sum(f.size_bytes for f in missing)
-        started = sum(_size(_partial(work, file)) for file in missing)
-        _fs.require_space(work, sum(file.size_bytes for file in missing) - started)
-        total = sum(file.size_bytes for file in files)
-        done = present
+        missing_bytes = sum(file.size_bytes for file in missing)
+        started_bytes = sum(_size(_partial(work, file)) for file in missing)
+        _fs.require_space(work, missing_bytes - started_bytes)
         for file in missing:
-            report = None
-            if on_progress:
-                report = _Report(on_progress, done, total)
+            report = _Report(on_progress, total - missing_bytes, total) if on_progress else None
             _fetch_file(repo, commit, file, work, report)
-            done += file.size_bytes
-        with _fs.staged(cache / commit, owns=lambda _: True) as snapshot:
-            for file in files:
-                os.rename(work / file.name, snapshot / file.name)
+            missing_bytes -= file.size_bytes
+        for file in files:
+            os.rename(work / file.name, snapshot / file.name)
         for leftover in work.iterdir():
             leftover.unlink()
         work.rmdir()

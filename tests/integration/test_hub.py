@@ -22,6 +22,7 @@ from edgekit.errors import (
     OutOfSpaceError,
     SourceError,
     UnsafeModelError,
+    UsageError,
 )
 from edgekit.source import source
 
@@ -227,6 +228,15 @@ def test_progress_reaches_the_total(tiny: Any) -> None:
     total = sum(len(FILES[name]) for name in KEPT)
     assert heard[-1] == (total, total)
     assert heard == sorted(heard)
+
+
+def test_two_downloads_of_one_commit_do_not_mix(tiny: Any) -> None:
+    folder = _fs.home("cache") / "hub" / "acme--tiny"
+    with (
+        _fs.staged(folder / COMMIT, owns=lambda _: True),
+        pytest.raises(UsageError, match="another edgekit"),
+    ):
+        source(REPO)
 
 
 def test_nothing_is_printed(tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
