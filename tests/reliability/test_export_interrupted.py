@@ -1,0 +1,171 @@
+"""An export that is killed, stopped or out of disk leaves nothing half-made."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edgekit.artifact import Artifact
+
+EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+EXPORT = [*EDGEKIT, "export", "smollm2-135m", "--type", "Q4_0", "--calibration", "none", "--json"]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+    """An export in a process group of its own, as a terminal would start it."""
+    return subprocess.Popen(
+        [*EXPORT, "--out", str(out), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+def kill_at_random_points(folder: Path, kills: int) -> None:
+    out = folder / "artifact"
+    started_s = time.monotonic()
+    assert start(out).wait(timeout=240) == 0
+    whole_s = time.monotonic() - started_s
+    first = Artifact.open(out).sha256
+    moments = random.Random(7)
+    for number in range(kills):
+        if number % 2:
+            shutil.rmtree(out, ignore_errors=True)
+        process = start(out)
+        time.sleep(moments.uniform(0, whole_s))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert set(visible(folder)) <= {"artifact", "artifact.partial"}
+        if out.exists():  # the old one, or the new one just committed: whole either way
+            Artifact.open(out).verify()
+    assert start(out).wait(timeout=240) == 0
+    assert visible(folder) == ["artifact"]
+    assert Artifact.open(out).sha256 == first
+    Artifact.open(out).verify()
+
+
+def test_kill_9_leaves_no_half_artifact(tmp_path: Path) -> None:
+    kill_at_random_points(tmp_path, kills=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_9_at_50_points_leaves_no_half_artifact(tmp_path: Path) -> None:
+    kill_at_random_points(tmp_path, kills=50)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_stopped_export_leaves_nothing_within_5_s(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        [*EDGEKIT, "export", "smollm2-135m", "--out", str(tmp_path / "artifact")],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(b"importance matrix"):
+            break
+    engine = children_of(process.pid)
+    assert engine, "the engine works in a child process"
+    stopped_s = time.monotonic()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert time.monotonic() - stopped_s < 5
+    assert process.returncode == code
+    assert list(tmp_path.iterdir()) == []
+    assert not any(Path(f"/proc/{pid}").exists() for pid in engine)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a tmpfs of so many bytes."""
+    mounted: list[Path] = []
+
+    def mount(size_bytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)],
+            capture_output=True,
+        )
+        if done.returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_at_20_sizes(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    # The output needs 91.9 MB. Half of the sizes are found out before the work; for the others the
+    # room is there at first, and taken away by another writer while the export runs.
+    for number in range(20):
+        steals = number % 2 == 1
+        size = (120 << 20) if steals else (8 << 20) + (number << 22)
+        disk = small_disk(size)
+        old = disk / "old"
+        old.mkdir()
+        (old / "kept").write_text("kept")
+        process = start(disk / "artifact")
+        if steals:
+            while not (disk / "artifact.partial").exists() and process.poll() is None:
+                time.sleep(0.01)
+            hog(disk, (32 + 4 * number) << 20)
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 6, stderr
+        assert stderr.startswith(b"warning:") and b"error: " in stderr and b"hint: " in stderr
+        assert b"Traceback" not in stderr
+        assert visible(disk) == (["hog", "old"] if steals else ["old"])
+        assert (old / "kept").read_text() == "kept"
+
+
+def hog(disk: Path, size_bytes: int) -> None:
+    """Another writer takes ``size_bytes`` of the disk."""
+    with (disk / "hog").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+
+
+def test_a_full_disk_keeps_the_old_artifact(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(150 << 20)
+    out = disk / "artifact"
+    assert start(out).wait(timeout=240) == 0
+    before = Artifact.open(out).sha256
+    process = start(out)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 6 and b"MB free" in stderr
+    assert Artifact.open(out).sha256 == before
+    Artifact.open(out).verify()
+    assert visible(disk) == ["artifact"]
