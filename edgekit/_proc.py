@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from edgekit import errors
 from edgekit.errors import DeadlineError, EdgekitError, EngineCrashedError
@@ -58,11 +58,7 @@ def call(
     through ``report`` while it works. The child never outlives this process.
     """
     read_end, write_end = os.pipe()
-    # sys.path travels along, so that a checkout that was never installed works in the child too.
-    code = (
-        f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; "
-        "from edgekit._proc import _answer; _answer()"
-    )
+    code = _python("edgekit._proc:_answer")
     request = {"function": function, "arguments": arguments, "fd": write_end}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -105,7 +101,67 @@ def call(
     raise kind(answer["message"], hint=answer["hint"])
 
 
-def _lines(pipe: BinaryIO | io.FileIO, timeout_s: float | None) -> Iterator[bytes]:
+def _python(function: str) -> str:
+    """Code that calls ``"module:function"`` in a fresh Python.
+
+    sys.path travels along, so that a checkout that was never installed works in the child too.
+    """
+    module, _, name = function.partition(":")
+    paths = [path for path in sys.path if path]
+    return f"import sys; sys.path[:0] = {paths!r}; from {module} import {name}; {name}()"
+
+
+class Worker:
+    """A child that stays: it reads one JSON line after the other and answers each with one.
+
+    ``"module:function"`` runs there without arguments; its first line says that it is ready. The
+    child never outlives this process.
+    """
+
+    def __init__(self, function: str, *, timeout_s: float, what: str) -> None:
+        """Raises EngineCrashedError if the child is not ready within ``timeout_s`` seconds."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _python(function)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            preexec_fn=lambda: _prepare(None),
+        )
+        if self._line(timeout_s) is None:
+            self.close()
+            raise EngineCrashedError(f"{what} did not start")
+
+    def ask(self, request: Any, *, timeout_s: float) -> Any:
+        """The answer to ``request``; None, for good, if the child dies or takes too long."""
+        assert self._process.stdin is not None
+        try:
+            _write_all(self._process.stdin, json.dumps(request).encode() + b"\n")
+        except (BrokenPipeError, ValueError):
+            return None
+        line = self._line(timeout_s)
+        if line is None:
+            self.close()
+            return None
+        return json.loads(line)
+
+    def _line(self, timeout_s: float) -> bytes | None:
+        assert self._process.stdout is not None
+        try:
+            return next(_lines(self._process.stdout, timeout_s), None)
+        except TimeoutError:
+            return None
+
+    def close(self) -> None:
+        """End the child; closing twice is fine."""
+        if self._process.returncode is None:
+            kill(self._process)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _lines(pipe: BinaryIO | io.FileIO | IO[bytes], timeout_s: float | None) -> Iterator[bytes]:
     """Whole lines until the writer closes; TimeoutError once ``timeout_s`` seconds have passed."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     rest = b""
@@ -150,7 +206,7 @@ def _answer() -> None:
     os._exit(0)
 
 
-def _write_all(pipe: BinaryIO, data: bytes) -> None:
+def _write_all(pipe: BinaryIO | IO[bytes], data: bytes) -> None:
     while data:
         data = data[pipe.write(data) :]
 

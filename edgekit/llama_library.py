@@ -18,8 +18,10 @@ from typing import Any
 from edgekit.errors import LoadError, MissingExtraError
 
 _log = logging.getLogger("edgekit.llama")
+_log.addHandler(logging.NullHandler())
 _recent: deque[str] = deque(maxlen=40)
 _LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}  # GGML_LOG_LEVEL_*
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 
 
 _listeners: list[Callable[[str], None]] = []
@@ -91,6 +93,98 @@ def ggml_library() -> ctypes.CDLL:
     ggml.ggml_backend_load_all_from_path.restype = None
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     return ggml
+
+
+class _ThreadpoolParams(ctypes.Structure):
+    """``ggml_threadpool_params`` of ggml.h."""
+
+    _fields_ = (
+        ("cpumask", ctypes.c_bool * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    )
+
+
+class Threadpools:
+    """Threads that stay alive between decodes: one pool for decode, one for prefill.
+
+    Without them the engine starts and ends its threads for every single token.
+    """
+
+    def __init__(self, decode: int, prefill: int) -> None:
+        self._free = _cpu_function(b"ggml_threadpool_free", None)
+        self._pools = [_new_pool(decode, paused=False)]
+        if prefill != decode:
+            self._pools.append(_new_pool(prefill, paused=True))
+
+    def attach(self, context: Any) -> None:
+        """Let ``context`` compute with these threads."""
+        function = library()._lib.llama_attach_threadpool
+        function.argtypes = [ctypes.c_void_p] * 3
+        function.restype = None
+        function(context, self._pools[0], self._pools[-1])
+
+    def close(self) -> None:
+        """End the threads. No context may still be attached."""
+        for pool in self._pools:
+            self._free(pool)
+        self._pools = []
+
+
+def _new_pool(n_threads: int, *, paused: bool) -> Any:
+    params = _ThreadpoolParams()
+    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    init = base.ggml_threadpool_params_init
+    init.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    init.restype = None
+    init(ctypes.byref(params), n_threads)
+    params.paused = paused
+    return _cpu_function(b"ggml_threadpool_new", ctypes.c_void_p)(ctypes.byref(params))
+
+
+def _cpu_function(name: bytes, result: Any) -> Any:
+    """A function of one pointer that lives in the CPU backend, which is loaded by name."""
+    ggml = ggml_library()
+    ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    find = base.ggml_backend_reg_get_proc_address
+    find.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    find.restype = ctypes.c_void_p
+    address = find(ggml.ggml_backend_reg_by_name(b"CPU"), name)
+    if not address:
+        raise LoadError("the CPU backend of llama.cpp is not the one this edgekit knows")
+    return ctypes.CFUNCTYPE(result, ctypes.c_void_p)(address)
+
+
+def free_gpu_bytes() -> int:
+    """Free memory of the graphics cards that the engine can use; 0 without any."""
+    ggml = ggml_library()
+    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+    base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] * 3
+    base.ggml_backend_dev_memory.restype = None
+    total = 0
+    for i in range(ggml.ggml_backend_dev_count()):
+        device = ggml.ggml_backend_dev_get(i)
+        if base.ggml_backend_dev_type(device) == _GPU:
+            free, size = ctypes.c_size_t(), ctypes.c_size_t()
+            base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(size))
+            total += free.value
+    return total
+
+
+def version() -> str:
+    """The installed llama-cpp-python."""
+    from importlib.metadata import version
+
+    return version("llama-cpp-python")
 
 
 def system_info() -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from edgekit.errors import UsageError
-from edgekit.registry import RUNTIMES
+from edgekit.registry import RUNTIMES, did_you_mean
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1_000_000),
@@ -24,6 +24,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "repeat_penalty": (0.01, 10.0),
     "repeat_last_n": (0, 65_536),
     "logprobs": (0, 100),
+    "n_keep": (0, 65_536),
 }
 
 
@@ -34,6 +35,10 @@ class GenerateParams:
     ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repeat_penalty`` 1 each mean "off". ``logprobs`` is
     the number of alternatives to report per token (0: none). At most one of ``json_schema`` (a JSON
     schema as a dict) and ``grammar`` (GBNF text) may be given. ``seed`` None draws a fresh one.
+    ``speculate`` drafts tokens by looking up repeated text; it serves greedy answers, never changes
+    them, and is idle where it does not pay. ``endless`` goes on when the context is full: the first
+    ``n_keep`` tokens stay (attention sinks, https://arxiv.org/abs/2309.17453; in a chat the system
+    message stays too), the older half of the rest is dropped.
     Raises UsageError for a value out of bounds.
     """
 
@@ -51,6 +56,7 @@ class GenerateParams:
     grammar: str | None = None
     speculate: bool = False
     endless: bool = False
+    n_keep: int = 4
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -61,6 +67,10 @@ class GenerateParams:
                 raise UsageError(f"{name} must be a whole number, not {value!r}")
             if not math.isfinite(value) or not low <= value <= high:
                 raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}")
+        if isinstance(self.stop, str):
+            raise UsageError("stop must be a tuple of strings")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 1 << 32):
+            raise UsageError(f"seed must be a whole number from 0 to {(1 << 32) - 1}")
         if len(self.stop) > 16 or any(not s or len(s) > 1024 for s in self.stop):
             raise UsageError("stop takes at most 16 strings of 1 to 1024 characters")
         if self.json_schema is not None and self.grammar is not None:
@@ -76,7 +86,21 @@ _DEFAULTS = {
     "repeat_penalty": 1.0,
     "repeat_last_n": 64,
     "logprobs": 0,
+    "n_keep": 4,
 }
+
+
+def merged(params: GenerateParams | None, fields: dict[str, Any]) -> GenerateParams:
+    """``params`` (or the defaults) with single fields replaced. UsageError for an unknown field."""
+    for name in fields:
+        if name not in GenerateParams.__dataclass_fields__:
+            raise UsageError(
+                f"there is no generation parameter '{name}'",
+                hint=did_you_mean(name, list(GenerateParams.__dataclass_fields__)),
+            )
+    if "stop" in fields and isinstance(fields["stop"], list):
+        fields = fields | {"stop": tuple(fields["stop"])}
+    return replace(params or GenerateParams(), **fields)
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,7 @@ class LoadParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token, its natural-log probability, and the best alternatives (token, logprob)."""
+    """A generated token, its natural-log probability, and the best alternatives with theirs."""
 
     token: str
     logprob: float
@@ -171,6 +195,25 @@ class Session(Protocol):
         """Stream the assistant's next turn; the prompt comes from the model's own chat template."""
         ...
 
+    def embed(self, text: str, *, pooling: str = "mean") -> list[float]:
+        """A vector of length 1 for ``text``; ``pooling`` is "mean", "last" or "cls"."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text: no BOS, and control tokens are plain text too."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is no valid UTF-8 becomes U+FFFD."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all earlier prompts, so that the next one is evaluated from its first token."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
     @property
     def last(self) -> Generation: ...
 
@@ -190,7 +233,7 @@ class Runtime(Protocol):
     """An engine: turns a model file into a Session."""
 
     def load(self, path: Path, params: LoadParams, *, trusted: bool) -> Session:
-        """Load a model file. ``trusted`` False means that edgekit did not make it (see ``load``)."""
+        """Load a model file. ``trusted`` False: edgekit did not make it (see ``load``)."""
         ...
 
 

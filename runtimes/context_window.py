@@ -1,0 +1,120 @@
+"""Which tokens of a text are in the KV cache, and where: reuse, rewinding, endless shifting.
+
+Must never know what the tokens mean or how the next one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgekit.errors import UsageError
+from edgekit.runtimes.llama_engine import Engine
+
+
+class ContextWindow:
+    """The text that the engine has read so far.
+
+    ``tokens`` is the whole text. When an endless text outgrew the context, ``dropped`` tokens after
+    the first ``keep`` are no longer in the cache, and the others have moved down.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.tokens: list[int] = []
+        self.keep = 0
+        self.dropped = 0
+        self._batch_start = 0  # the last batch of the last prompt went from here ...
+        self._prompt_end = 0  # ... to here
+
+    @property
+    def used(self) -> int:
+        """Cells in use."""
+        return len(self.tokens) - self.dropped
+
+    @property
+    def full(self) -> bool:
+        return self.used >= self._engine.n_ctx
+
+    def enter(self, prompt: Sequence[int], *, endless: bool, keep: int) -> int:
+        """Make ``prompt`` (at least one token) the text, with logits for its end.
+
+        Returns how many of its tokens needed no work, for the cache held them. The same prompt
+        again is evaluated in the same batches as before: so it gives the same logits, bit by bit.
+        """
+        reused = self._common(prompt)
+        if reused == len(prompt):
+            reused = self._batch_start if self._prompt_end == len(prompt) else len(prompt) - 1
+        if not self.rewind(reused):
+            reused = 0
+        if not self.dropped:
+            self.keep = min(keep, self._engine.n_ctx // 2)
+        at = reused
+        while at < len(prompt):
+            room = self._engine.n_ctx - self.keep
+            step = min(self._engine.n_batch, len(prompt) - at, max(1, room // 2))
+            if endless:
+                self._make_room(step)
+            self._batch_start = at
+            self.extend(prompt[at : at + step])
+            at += step
+        self._prompt_end = len(prompt)
+        return reused
+
+    def _common(self, prompt: Sequence[int]) -> int:
+        """Length of the beginning that ``prompt`` shares with the text."""
+        count = common_length(prompt, self.tokens)
+        if self.dropped and count <= self.keep + self.dropped:
+            return 0
+        return count
+
+    def extend(self, tokens: Sequence[int], *, outputs: int = 1) -> None:
+        """Read tokens that fit the room there is; the last ``outputs`` of them get logits."""
+        try:
+            self._engine.decode(tokens, self.used, outputs=outputs)
+        except BaseException:
+            self.clear()
+            raise
+        self.tokens.extend(tokens)
+
+    def push(self, token: int) -> None:
+        """``extend`` by one token, on the shortest way."""
+        self._engine.decode_one(token, len(self.tokens) - self.dropped)
+        self.tokens.append(token)
+
+    def rewind(self, length: int) -> bool:
+        """Cut the text down to its first ``length`` tokens; False if all of it had to go."""
+        if length >= len(self.tokens):
+            return True
+        if length and self._engine.forget(length - self.dropped):
+            del self.tokens[length:]
+            return True
+        self.clear()
+        return False
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._engine.forget(0)
+        self.tokens.clear()
+        self.dropped = 0
+        self._batch_start = self._prompt_end = 0
+
+    def slide(self) -> None:
+        """Make room for one more token of an endless text."""
+        self._make_room(1)
+
+    def _make_room(self, count: int) -> None:
+        missing = self.used + count - self._engine.n_ctx
+        if missing <= 0:
+            return
+        if not self._engine.can_shift:
+            raise UsageError("the context is full, and this model's cannot be shifted")
+        gone = max(missing, (self.used - self.keep) // 2)
+        self._engine.forget(self.keep, self.keep + gone)
+        self._engine.shift(self.keep + gone, -gone)
+        self.dropped += gone
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the beginning that two texts share."""
+    limit = min(len(one), len(other))
+    return next((i for i in range(limit) if one[i] != other[i]), limit)

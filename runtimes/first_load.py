@@ -1,0 +1,66 @@
+"""The first load of a file that edgekit did not make: in a child process, where it may crash.
+
+Must never run the engine in this process; remembers which files have passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgekit import _fs, _proc
+from edgekit.runtime import LoadParams
+
+_TIMEOUT_S = 60
+# The mapped file, a repacked copy of its weights, and one more for what the header may hide.
+_FILE_COPIES = 3
+_ENGINE_BYTES = 4 << 30
+
+
+def check(path: Path, adapters: Sequence[Path]) -> None:
+    """Load ``path`` and decode one token in a child, unless this very file has passed before.
+
+    Raises EngineCrashedError, DeadlineError, LoadError: then the file is not to be loaded here.
+    """
+    files = [path, *adapters]
+    passed = _fs.home("cache") / "first-load" / _fingerprint(files)
+    if passed.exists():
+        return
+    size_bytes = sum(file.stat().st_size for file in files)
+    _proc.call(
+        "edgekit.runtimes.first_load:attempt",
+        {"path": str(path.absolute()), "adapters": [str(file.absolute()) for file in adapters]},
+        timeout_s=_TIMEOUT_S,
+        memory_bytes=_FILE_COPIES * size_bytes + _ENGINE_BYTES,
+        what=f"loading {path} in a child process",
+    )
+    _fs.write_atomic(passed, b"")
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Name, size, time and place of the files: a changed file has another one."""
+    from edgekit.llama_library import version
+
+    facts = [version()]
+    for file in files:
+        status = file.stat()
+        facts += [str(file.resolve()), str(status.st_size), str(status.st_mtime_ns)]
+        facts += [str(status.st_ino), str(status.st_dev), str(status.st_ctime_ns)]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()
+
+
+def attempt(path: str, adapters: list[str]) -> None:
+    """In the child: load, tokenise, decode one token, and render every token once."""
+    from edgekit.formats import gguf
+    from edgekit.runtimes.llama_engine import Engine
+
+    params = LoadParams(
+        n_ctx=32, n_batch=8, n_gpu_layers=0, adapters=tuple((Path(file), 1.0) for file in adapters)
+    )
+    engine = Engine(Path(path), gguf.read(Path(path)), params, threads=(1, 1))
+    tokens = engine.tokenize("Hello, 世界 <|im_end|>", special=True) or [0]
+    engine.decode(tokens[:1], 0)
+    engine.logits()
+    for token in range(engine.n_vocab):
+        engine.piece(token)
