@@ -23,7 +23,7 @@ from edgekit.errors import ArtifactError, SourceError, UnsafeModelError, Unsuppo
 from edgekit.exporters import hf_weights
 from edgekit.exporters.arch.family import Array, Family, Placement
 from edgekit.exporters.hf_weights import Weight
-from edgekit.exporters.lora_config import CONFIG, LoraConfig
+from edgekit.exporters.lora_config import CONFIG, MERGE_HINT, LoraConfig
 from edgekit.formats import pickle_scan, safetensors
 from edgekit.formats.foreign import shown
 from edgekit.model_folder import PICKLE_HINT
@@ -34,6 +34,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(re.escape(_PREFIX) + r"(.{1,256})\.lora_([AB])\.weight")
+# PEFT saves whole embeddings and heads along with the matrices where it thinks they may differ.
+_COPY = re.compile(
+    re.escape(_PREFIX) + r"(.*(?:embed_tokens|lm_head|wte))(?:\.base_layer)?\.weight"
+)
 _OTHER_KINDS = {
     "lora_embedding_": "a LoRA of an embedding",
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -91,6 +95,7 @@ class Adapter:
     sha256: str
     alpha: float
     _pairs: Mapping[str, _Pair]
+    _copies: tuple[tuple[str, Weight], ...]
 
     def patch(self, name: str, weight: Array) -> Array:
         """The merged weight of the source's tensor ``name``, float32 of the same shape.
@@ -104,7 +109,8 @@ class Adapter:
     def check(self, source: ModelSource) -> None:
         """Raise SourceError unless every matrix of the adapter changes a tensor of the model.
 
-        Reads headers only, so that an export can be refused before it starts.
+        Reads headers alone (and embeddings that the adapter has a copy of), so that an export can
+        be refused before it starts. Raises UnsupportedModelError where such a copy differs.
         """
         for _ in self._targets(source, _family(source)):
             pass
@@ -112,12 +118,19 @@ class Adapter:
     def _targets(self, source: ModelSource, family: Family) -> Iterator[tuple[_Pair, Placement]]:
         """Each change with the place of its weight in a GGUF file."""
         weights = {_core(name): weight for name, weight in hf_weights.find(source).items()}
-        if unused := [pair.module for core, pair in self._pairs.items() if core not in weights]:
+        wanted = [*self._pairs, *(core for core, _ in self._copies)]
+        if unused := [core for core in wanted if core not in weights]:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             raise SourceError(
                 f"the adapter changes {shown(unused[0])}{more}, which the model does not have",
                 hint=_WRONG_MODEL,
             )
+        for core, copy in self._copies:
+            if _fingerprint(copy) != _fingerprint(weights[core]):
+                raise UnsupportedModelError(
+                    f"the adapter brings a '{core}' of its own, which differs from the model's",
+                    hint=MERGE_HINT,
+                )
         for core, pair in self._pairs.items():
             weight = weights[core]
             placement = family.place(weight.name, weight.shape)
@@ -149,7 +162,8 @@ def open_adapter(folder: Path) -> Adapter:
     digest = hashlib.sha256()
     for path in (config_path, weights_path):
         digest.update(bytes.fromhex(_fs.sha256_file(path)))
-    return Adapter(digest.hexdigest(), config.alpha, _pairs(config, weights_path))
+    pairs, copies = _contents(config, weights_path)
+    return Adapter(digest.hexdigest(), config.alpha, pairs, tuple(copies))
 
 
 def write_gguf(adapter: Adapter, source: ModelSource, out: Path) -> None:
@@ -213,28 +227,28 @@ def _core(name: str) -> str:
     return ".".join(parts)
 
 
-def _pairs(config: LoraConfig, path: Path) -> dict[str, _Pair]:
+def _contents(config: LoraConfig, path: Path) -> tuple[dict[str, _Pair], list[tuple[str, Weight]]]:
+    """The changes and the copies in the file, by the names that ``_core`` gives."""
     try:
         tensors = safetensors.read(path).tensors
     except ArtifactError as error:
         raise SourceError(error.message, hint=error.hint) from None
     found: dict[str, dict[str, Weight]] = {}
+    copies: list[tuple[str, Weight]] = []
     for name, tensor in tensors.items():
-        match = _MATRIX.fullmatch(name)
-        if match is None:
-            what = [kind for part, kind in _OTHER_KINDS.items() if part in name]
-            raise UnsupportedModelError(
-                f"the adapter's {shown(name.removeprefix(_PREFIX))} is"
-                f" {what[0] if what else 'no LoRA matrix'}",
-                hint="edgekit takes adapters that change linear layers by A and B alone",
-            )
+        matrix, copy = _MATRIX.fullmatch(name), _COPY.fullmatch(name)
+        if not (matrix or copy):
+            raise _stranger(name)
         if tensor.dtype not in ("F32", "F16", "BF16") or len(tensor.shape) != 2:
             raise UnsupportedModelError(
                 f"the adapter's '{name}' is {tensor.dtype} {list(tensor.shape)}, not a matrix of"
                 " F32, F16 or BF16"
             )
         weight = Weight(name, path, tensor.dtype, tensor.shape, tensor.offset)
-        found.setdefault(match[1], {})[match[2]] = weight
+        if matrix:
+            found.setdefault(matrix[1], {})[matrix[2]] = weight
+        elif copy:
+            copies.append((_core(copy[1]), weight))
     if not found:
         raise SourceError(f"{path} holds no LoRA matrices")
     pairs: dict[str, _Pair] = {}
@@ -243,7 +257,16 @@ def _pairs(config: LoraConfig, path: Path) -> dict[str, _Pair]:
         if core in pairs:
             raise SourceError(f"the adapter changes '{core}' twice")
         pairs[core] = _pair(config, module, matrices)
-    return pairs
+    return pairs, copies
+
+
+def _stranger(name: str) -> UnsupportedModelError:
+    what = [kind for part, kind in _OTHER_KINDS.items() if part in name]
+    return UnsupportedModelError(
+        f"the adapter's {shown(name.removeprefix(_PREFIX))} is"
+        f" {what[0] if what else 'no LoRA matrix'}",
+        hint="edgekit takes adapters that change linear layers by A and B alone",
+    )
 
 
 def _pair(config: LoraConfig, module: str, matrices: dict[str, Weight]) -> _Pair:
@@ -267,6 +290,14 @@ def _values(weight: Weight) -> Array:
     if not np.isfinite(values).all():
         raise SourceError(f"the adapter's '{weight.name}' holds values that are not finite")
     return values
+
+
+def _fingerprint(weight: Weight) -> bytes:
+    """Equal for tensors of equal values, whatever float type holds them."""
+    digest = hashlib.sha256(repr(weight.shape).encode())
+    for block in hf_weights.blocks(weight):
+        digest.update(hf_weights.to_float32(block, weight.dtype).tobytes())
+    return digest.digest()
 
 
 def _row_order(pair: _Pair, placement: Placement) -> np.ndarray[tuple[int], np.dtype[np.intp]]:

@@ -58,7 +58,7 @@ _READ = {
 }
 # The other ways to start a training change the base weights too, and the folder does not have them.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-_HINT = "merge it where it was trained (merge_and_unload) and export the merged model"
+MERGE_HINT = "merge it where it was trained (merge_and_unload) and export the merged model"
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,22 @@ def _refuse_unknown(body: dict[str, Any]) -> None:
     kind = body.get("peft_type")
     if kind != "LORA":
         raise UnsupportedModelError(
-            f"{CONFIG}: peft_type {shown(str(kind))} is not LORA", hint=_HINT
+            f"{CONFIG}: peft_type {shown(str(kind))} is not LORA", hint=MERGE_HINT
         )
     refused = {
         key: value
         for key, value in body.items()
         if key not in _TRAINING_ONLY | _READ and value not in (None, False, "", [], {})
     }
-    if (bias := body.get("bias", "none")) != "none":
+    if (bias := body.get("bias")) not in (None, "none"):
         refused["bias"] = bias
     if (start := body.get("init_lora_weights")) not in _HARMLESS_STARTS:
         refused["init_lora_weights"] = start
-    for key, value in sorted(refused.items()):
+    if refused:
+        key = min(refused)
         raise UnsupportedModelError(
-            f"{CONFIG}: {shown(key)} is {shown(str(value))}, which is no plain LoRA", hint=_HINT
+            f"{CONFIG}: {shown(key)} is {shown(str(refused[key]))}, which is no plain LoRA",
+            hint=MERGE_HINT,
         )
 
 

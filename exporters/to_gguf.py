@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgekit.exporters import hf_to_gguf, imatrix, lora, quantizer
-
 from edgekit import quant
 from edgekit.errors import RecipeError, UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
+from edgekit.exporters import hf_to_gguf, imatrix, lora, quantizer
 from edgekit.formats import gguf
 from edgekit.recipe import Calibration, Recipe
 from edgekit.source import ModelSource
@@ -80,6 +79,8 @@ class GgufExporter:
             if source.kind == "hf":
                 path = Path(folder) / _SCRATCH_FILE
                 hf_to_gguf.header_only(source, path, _float_type(recipe))
+                if self._adapter:
+                    self._adapter.check(source)
                 scratch_bytes = 0 if recipe.type in quant.FLOAT_TYPES else path.stat().st_size
             header = gguf.read(path)
             rows = self._types(path, header, recipe, source)

@@ -31,6 +31,13 @@ CONFIG: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj"],
     "bias": "none",
 }
+LLAMA = {
+    "num_hidden_layers": 1,
+    "hidden_size": WIDTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+}
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -74,19 +81,12 @@ def _model(path: Path, family: str, config: dict[str, Any], tensors: Arrays) -> 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelSource:
     """The part of a llama that the adapters here are for: 4 query heads, 2 key heads."""
-    config = {
-        "num_hidden_layers": 1,
-        "hidden_size": WIDTH,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 32,
-    }
     tensors = {
         "model.embed_tokens.weight": _random(32, WIDTH),
         f"{Q}.weight": _random(WIDTH, WIDTH),
         f"{K}.weight": _random(KV_WIDTH, WIDTH),
     }
-    return _model(tmp_path / "model", "llama", config, tensors)
+    return _model(tmp_path / "model", "llama", LLAMA, tensors)
 
 
 def _change(module: str, tensors: Arrays = PLAIN) -> NDArray[np.float32]:
@@ -371,7 +371,7 @@ def test_a_config_that_names_code_is_refused(
         ("base_model.model.model.embed_tokens.lora_embedding_A", "a LoRA of an embedding"),
         (f"base_model.model.{Q}.lora_magnitude_vector", "a DoRA magnitude"),
         (f"base_model.model.{Q}.lora_B.bias", "a LoRA with a bias"),
-        ("base_model.model.lm_head.weight", "no LoRA matrix"),
+        ("base_model.model.score.weight", "no LoRA matrix"),
         (f"{Q}.lora_A.weight", "no LoRA matrix"),
     ],
 )
@@ -436,6 +436,32 @@ def test_a_change_of_another_shape_is_an_error_that_names_the_tensor(
         adapter.check(model)
     with pytest.raises(SourceError, match=words):
         adapter.patch(f"{K}.weight", _random(KV_WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_an_embedding_that_came_along_unchanged_is_no_reason_to_refuse(
+    folder: Callable[..., Path], tmp_path: Path, dtype: type
+) -> None:
+    """PEFT saves whole embeddings and heads when one of them was a target."""
+    embedding = _random(32, WIDTH).astype(np.float16)
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        f"{Q}.weight": _random(WIDTH, WIDTH),
+        f"{K}.weight": _random(KV_WIDTH, WIDTH),
+    }
+    model = _model(tmp_path / "model", "llama", LLAMA, tensors)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    lora.open_adapter(folder({**PLAIN, name: embedding.astype(dtype)})).check(model)
+
+
+def test_an_embedding_of_the_adapter_s_own_is_refused(
+    folder: Callable[..., Path], model: ModelSource
+) -> None:
+    name = "base_model.model.model.embed_tokens.weight"
+    for other in (_random(33, WIDTH), _random(32, WIDTH) + 1):
+        adapter = lora.open_adapter(folder({**PLAIN, name: other}))
+        with pytest.raises(UnsupportedModelError, match="'embed_tokens' of its own"):
+            adapter.check(model)
 
 
 def test_a_square_layer_is_never_merged_the_wrong_way_round(
