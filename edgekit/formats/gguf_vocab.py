@@ -1,4 +1,4 @@
-"""Knows which vocabularies llama.cpp would abort on, instead of refusing them with an error.
+"""Knows which vocabularies make llama.cpp abort, when it loads them or at a later prompt.
 
 Must never know the bytes of a file: it judges the metadata that the GGUF reader has read.
 """
@@ -12,6 +12,7 @@ from edgekit.formats.foreign import Malformed, shown
 
 _PREFIX = "tokenizer.ggml."
 _BYTE_TOKEN = 6
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _NO_TOKEN = 0xFFFFFFFF
 _INTEGERS = ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64")
 
@@ -47,6 +48,8 @@ def check(metadata: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     model = metadata.get(_PREFIX + "model")
     if model not in ("none", "no_vocab"):
         _check_distinct(tokens)
+    if model == "llama":
+        _check_bytes(tokens)
     if model == "bert" and _BYTE_TOKEN in metadata.get(_PREFIX + "token_type", ()):
         raise Malformed("has byte tokens, which a 'bert' tokenizer cannot have")
 
@@ -69,3 +72,11 @@ def _check_distinct(tokens: list[str]) -> None:
         first = seen.setdefault(text, index)
         if first != index:
             raise Malformed(f"tokens {first} and {index} have the same text {shown(text)}")
+
+
+def _check_bytes(tokens: list[str]) -> None:
+    """SentencePiece spells unknown characters in bytes; llama.cpp aborts where one is missing."""
+    texts = set(tokens)
+    for byte, name in enumerate(_BYTES):
+        if name not in texts and bytes([byte]).decode("utf-8", "surrogateescape") not in texts:
+            raise Malformed(f"has no token {name} to spell unknown characters with")
