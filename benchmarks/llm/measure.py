@@ -82,10 +82,10 @@ class Ran:
     largest_rss_bytes: int
 
 
-def run(argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> Ran:
-    """Run a program to its end. Raises EdgekitError with its last words when it fails."""
-    name = Path(argv[0]).name
+def run(argv: Sequence[object], *, env: dict[str, str] | None = None) -> Ran:
+    """Run a program to its end; every word of ``argv`` becomes text. Raises EdgekitError with its last words when it fails."""
     words = [str(word) for word in argv]
+    name = Path(words[0]).name
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.perf_counter()
         try:
@@ -97,7 +97,7 @@ def run(argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> Ran
                 env=os.environ | (env or {}),
             )
         except OSError as error:
-            raise EdgekitError(f"cannot start {argv[0]}: {error.strerror}") from None
+            raise EdgekitError(f"cannot start {words[0]}: {error.strerror}") from None
         watch = _Watch(process.pid)
         watch.start()
         try:

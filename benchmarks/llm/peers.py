@@ -31,14 +31,14 @@ class Tools:
 
     folder: Path
 
-    def __getattr__(self, name: str) -> Path:
-        """``tools.llama_bench`` is the path of llama-bench."""
-        return self.folder / name.replace("_", "-")
+    def program(self, name: str) -> Path:
+        """The path of ``llama-bench`` and the like."""
+        return self.folder / name
 
     def bench(self, model: Path, *options: str | int) -> list[dict[str, Any]]:
         """The rows of a llama-bench run, parsed; batch sizes are those of edgekit."""
-        argv = [self.llama_bench, "-m", model, "-b", 512, "-ub", 512, "-o", "json", *options]
-        return bench_rows(measure.run([str(word) for word in argv]).stdout)
+        argv = [self.program("llama-bench"), "-m", model, "-b", 512, "-ub", 512, "-o", "json"]
+        return bench_rows(measure.run([*argv, *options]).stdout)
 
 
 def bench_rows(text: str) -> list[dict[str, Any]]:
@@ -85,7 +85,8 @@ def quantized(tools: Tools, scratch: Path, type_name: str) -> Path:
     # The built-in file is Q4_1; what matters to a comparison is that both sides get one file.
     start = source(MODEL).path if type_name in ("F16", "F32") else quantized(tools, scratch, "F16")
     partial = path.with_suffix(".partial")
-    measure.run([tools.llama_quantize, "--allow-requantize", start, partial, type_name])
+    quantize = tools.program("llama-quantize")
+    measure.run([quantize, "--allow-requantize", start, partial, type_name])
     partial.rename(path)
     return path
 

@@ -148,9 +148,21 @@ class LlamaBench:
     def rss_bytes(self, model: Path, threads: int) -> int:
         """High water mark of a process that prefills once and generates behind it."""
         work = self._work
-        argv = [self._tools.llama_bench, "-m", model, "-p", 0, "-n", 0, "-r", 1, "-b", 512]
+        argv = [
+            self._tools.program("llama-bench"),
+            "-m",
+            model,
+            "-p",
+            0,
+            "-n",
+            0,
+            "-r",
+            1,
+            "-b",
+            512,
+        ]
         argv += ["-pg", f"{work.prompt},{work.answer}", "-t", threads, "-fa", 1, "-ub", 512]
-        return measure.run([str(word) for word in argv]).largest_rss_bytes
+        return measure.run(argv).largest_rss_bytes
 
 
 def same_settings(
