@@ -23,7 +23,7 @@ from edgekit.source import source as open_source
 
 peft = pytest.importorskip("peft")
 
-TOLERANCE = 1e-2
+TOLERANCE = 2e-3
 IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 26, 43, 38, 32, 79, 50]
 
 
@@ -123,6 +123,8 @@ def _logits(model: Path, adapter: Path | None = None) -> NDArray[np.float32]:
     assert loaded
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_threads, params.n_threads_batch = 64, 1, 1
+    params.type_k = params.type_v = 0  # an F32 cache, which flash attention does not take
+    params.flash_attn_type = 0
     context = llama.llama_init_from_model(loaded, params)
     try:
         if adapter:
@@ -156,7 +158,7 @@ def _export(trained: Trained, out: Path, adapter: lora.Adapter | None = None) ->
 def test_the_adapters_here_change_the_answers_by_far_more_than_the_tolerance(
     trained: Trained,
 ) -> None:
-    assert np.abs(trained.changed - trained.plain).max() > 50 * TOLERANCE
+    assert np.abs(trained.changed - trained.plain).max() > 100 * TOLERANCE
 
 
 def test_a_merged_export_answers_as_peft_does(trained: Trained, tmp_path: Path) -> None:
