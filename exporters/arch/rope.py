@@ -1,0 +1,148 @@
+"""Rotary positions of a config.json, in the words of transformers 4 and of transformers 5.
+
+Knows how both spell a base and a scaling; never picks one when the file contradicts itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.exporters.arch.config import Config, finite
+
+# What each scaling may say. Another key could change the rotation in a way that we would drop.
+_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "longrope": {"short_factor", "long_factor", "original_max_position_embeddings", "factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+    },
+}
+_ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_OLD_NAMES = {"su": "longrope"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """``theta`` is the base of the frequencies; ``scaling`` names what ``values`` belong to.
+
+    ``rotated`` is the share of each head that turns. ``local_theta`` is the base of the layers with
+    a sliding window, where they have their own.
+    """
+
+    theta: float
+    scaling: str = "default"
+    values: Mapping[str, Any] = field(default_factory=dict)
+    rotated: float = 1.0
+    local_theta: float | None = None
+
+    def number(self, key: str) -> float:
+        """A number of the scaling; SourceError where it is missing."""
+        return finite(f"rope_parameters.{key}", self.values.get(key))
+
+    def integer(self, key: str) -> int:
+        """A whole number of the scaling; SourceError where it is missing."""
+        value = self.number(key)
+        if value != int(value):
+            raise SourceError(f"config.json: 'rope_parameters.{key}' must be whole, not {value}")
+        return int(value)
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers of the scaling; SourceError where it is missing."""
+        value = self.values.get(key)
+        if not isinstance(value, list):
+            raise SourceError(f"config.json: 'rope_parameters.{key}' must be a list")
+        return [finite(f"rope_parameters.{key}", each) for each in value]
+
+
+def read(config: Config, *scalings: str) -> Rope:
+    """The rotary positions of a model.
+
+    ``scalings`` are the kinds that the family has in llama.cpp, besides "default".
+    Raises SourceError where two spellings disagree, UnsupportedModelError for any other scaling.
+    """
+    nested = _mapping(config, "rope_parameters")
+    whole, local = nested, {}
+    if "full_attention" in nested or "sliding_attention" in nested:
+        whole = _mapping_in(nested, "full_attention")
+        local = _mapping_in(nested, "sliding_attention")
+        if (local_kind := _kind(local)) != "default":
+            raise UnsupportedModelError(f"rope scaling '{local_kind}' on sliding layers")
+    old = _mapping(config, "rope_scaling")
+    kind = _agree("rope_type", _kind(whole) if whole else None, _kind(old) if old else None)
+    kind = kind or "default"
+    if kind not in {"default", *scalings}:
+        raise UnsupportedModelError(
+            f"rope scaling '{kind}' is not known for {config.family} models",
+            hint=f"known: {', '.join(['default', *scalings])}",
+        )
+    values = dict(old)
+    for key, value in whole.items():
+        values[key] = _agree(key, value, values.get(key))
+    strange = {key for key, v in values.items() if v is not None} - _ALWAYS - _KEYS[kind]
+    # transformers 5 writes the trained length beside every scaling, where it changes nothing.
+    strange -= {"original_max_position_embeddings"}
+    if strange:
+        raise UnsupportedModelError(
+            f"rope scaling '{kind}' with '{sorted(strange)[0]}' is not supported"
+        )
+    theta = _agree("rope_theta", values.get("rope_theta"), config.get("rope_theta"))
+    rotated = _agree(
+        "partial_rotary_factor",
+        values.get("partial_rotary_factor"),
+        config.get("partial_rotary_factor"),
+    )
+    local_theta = _agree(
+        "rope_local_base_freq", local.get("rope_theta"), config.get("rope_local_base_freq")
+    )
+    return Rope(
+        theta=finite("rope_theta", config.get("default_rope_theta") if theta is None else theta),
+        scaling=kind,
+        values={key: v for key, v in values.items() if v is not None},
+        rotated=1.0 if rotated is None else finite("partial_rotary_factor", rotated),
+        local_theta=None if local_theta is None else finite("rope_local_base_freq", local_theta),
+    )
+
+
+def _mapping(config: Config, key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise SourceError(f"config.json: '{key}' must be a mapping")
+    return value
+
+
+def _mapping_in(parent: dict[str, Any], key: str) -> dict[str, Any]:
+    value = parent.get(key) or {}
+    if not isinstance(value, dict):
+        raise SourceError(f"config.json: 'rope_parameters.{key}' must be a mapping")
+    return value
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    kind = str(values.get("rope_type") or values.get("type") or "default").lower()
+    return _OLD_NAMES.get(kind, kind)
+
+
+def _agree(key: str, new: Any, old: Any) -> Any:
+    """The one value that both spellings give."""
+    if new is not None and old is not None and new != old:
+        raise SourceError(
+            f"config.json contradicts itself: {key} is {new!r} in one place, {old!r} in another",
+            hint="keep the value that the model was trained with",
+        )
+    return old if new is None else new

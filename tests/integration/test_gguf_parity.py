@@ -1,0 +1,119 @@
+"""The float GGUF of every family computes what transformers computes, from the same token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_eval
+import numpy as np
+import pytest
+import tiny
+
+from edgekit.exporters import hf_to_gguf
+from edgekit.source import ModelSource
+
+TRICKY = [
+    "Hello, world! It's 3.14159, isn't it? I'LL say: 1234567890",
+    "  leading, trailing  and     inner spaces   ",
+    "tabs\tand\n\nnewlines\r\n\n\n   \n\t end",
+    "def f(x):\n    return {'a': x[0] ** 2, \"b\": [1, 2]}  # comment\n\n\nclass A:\n\tpass",
+    "Käse, naïve café, Ünïcödé, Ελληνικά, Кириллица, العربية, עברית",
+    "日本語のテキスト、中文字符，한국어 텍스트",
+    "🚀 rocket 👩‍👩‍👧 family 🏳️‍🌈 flag ✅",
+    "''''''```````\"\"\"\"......!!!!!!?????? ------=======",
+    "a" * 40 + " " * 20 + "b" + " " * 7 + "c",
+    "\u200bzero\u200dwidth\ufeffmarks\u00a0and\u3000wide spaces",
+    "<s>first <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|end|> <table>  </table> <0x41>",
+    "",
+    " ",
+    "\n",
+]
+
+
+def source(folder: Path) -> ModelSource:
+    config = json.loads((folder / "config.json").read_text())
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return ModelSource("test", "hf", folder, config["model_type"], tuple(files), config)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, made once."""
+    root, made = tmp_path_factory.mktemp("tiny"), {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.make(name, root / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gguf_file(model: Callable[[str], Path]) -> Callable[[str], Path]:
+    """The F32 GGUF of a tiny model, written once."""
+
+    def path(name: str) -> Path:
+        out = model(name).parent / f"{name}.gguf"
+        if not out.exists():
+            hf_to_gguf.write(source(model(name)), out, "F32")
+        return out
+
+    return path
+
+
+def reference_logits(folder: Path, ids: list[int]) -> np.ndarray[Any, Any]:
+    """Logits of transformers in float32."""
+    import torch
+    import transformers
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return net.eval()(torch.tensor([ids])).logits[0].numpy()
+
+
+def some_ids(folder: Path, count: int = 64) -> list[int]:
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return [int(i) for i in np.random.default_rng(7).integers(300, size - 70, count)]
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_logits_equal_transformers(
+    name: str, model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+) -> None:
+    ids = some_ids(model(name))
+    expected = reference_logits(model(name), ids)
+    with llama_eval.opened(gguf_file(name)) as engine:
+        found = engine.logits(ids)
+    assert np.abs(found - expected).max() <= 1e-2
+    assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_logits_with_the_long_factors_equal_transformers(
+    model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+) -> None:
+    ids = some_ids(model("phi3-long"), 300)  # longer than the length it was trained with
+    expected = reference_logits(model("phi3-long"), ids)
+    with llama_eval.opened(gguf_file("phi3-long")) as engine:
+        found = engine.logits(ids)
+    assert np.abs(found - expected).max() <= 1e-2
+    assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_token_ids_equal_the_tokenizer(
+    name: str, model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+) -> None:
+    import tokenizers
+
+    expected = tokenizers.Tokenizer.from_file(str(model(name) / "tokenizer.json"))
+    with llama_eval.opened(gguf_file(name), vocab_only=True) as engine:
+        for text in TRICKY:
+            assert engine.ids(text, add_special=True, parse_special=True) == (
+                expected.encode(text).ids
+            ), text

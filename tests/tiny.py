@@ -1,0 +1,534 @@
+"""Small real models of every family: transformers' own classes, the family's own tokenizer.
+
+Weights are random and wide, so that a wrong permutation, base or norm moves the logits far. The
+tokenizers are rebuilt from the vocabularies in llama.cpp's source (EDGEKIT_LLAMA_SOURCE).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekit.formats import gguf
+
+LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES = {**_WORDS, "use_regex": False}
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_PADDING = re.compile(r"\[PAD\d+\]")
+
+
+def llama_source() -> Path:
+    """The llama.cpp source tree that llama-cpp-python's source package carries."""
+    root = os.environ.get("EDGEKIT_LLAMA_SOURCE")
+    if not root:
+        pytest.skip("EDGEKIT_LLAMA_SOURCE does not name llama-cpp-python's source folder")
+    return Path(root) / "vendor" / "llama.cpp"
+
+
+class VocabFile:
+    """A vocabulary-only GGUF file of a real model, with the texts and ids that belong to it."""
+
+    def __init__(self, name: str) -> None:
+        self._path = llama_source() / "models" / f"ggml-vocab-{name}.gguf"
+        metadata = gguf.read(self._path).metadata
+        self.tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+        self.types: list[int] = metadata["tokenizer.ggml.token_type"]
+        self.scores: list[float] | None = metadata.get("tokenizer.ggml.scores")
+        self.merges: list[str] | None = metadata.get("tokenizer.ggml.merges")
+
+    @property
+    def expected(self) -> list[tuple[str, list[int]]]:
+        """(text, ids without special tokens) as llama.cpp's own tests have them."""
+        texts = Path(f"{self._path}.inp").read_text(encoding="utf-8")
+        ids = Path(f"{self._path}.out").read_text(encoding="utf-8").splitlines()
+        pairs = zip(texts.split("\n__ggml_vocab_test__\n"), ids, strict=False)
+        return [(text, [int(each) for each in line.split()]) for text, line in pairs]
+
+
+@functools.cache
+def vocab_file(name: str) -> VocabFile:
+    """The vocabulary file of one name, read once."""
+    return VocabFile(name)
+
+
+def _added(index: int, text: str, *, special: bool, normalized: bool = False) -> dict[str, Any]:
+    return {
+        "id": index,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": normalized,
+        "special": special,
+    }
+
+
+def _around(bos: str | None, bos_id: int) -> dict[str, Any]:
+    """The post-processor that puts ``bos`` before a text."""
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            *first,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}} if bos else {},
+    }
+
+
+def byte_level(
+    vocab: VocabFile,
+    steps: list[dict[str, Any]],
+    *,
+    normalizer: dict[str, Any] | None = None,
+    ignore_merges: bool = False,
+    more: list[tuple[str, bool]] | None = None,
+    post: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A tokenizer.json of byte-level BPE. ``more`` are tokens (text, special) added at the end."""
+    added, words = [], {}
+    for index, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
+        if _PADDING.fullmatch(text):
+            continue
+        if kind in (_CONTROL, _USER_DEFINED):
+            added.append(_added(index, text, special=kind == _CONTROL))
+        else:
+            words[text] = index
+    for index, (text, special) in enumerate(more or [], start=len(vocab.tokens)):
+        added.append(_added(index, text, special=special, normalized=not special))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": steps[0]
+        if len(steps) == 1
+        else {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": post or {**_WORDS},
+        "decoder": {**_WORDS},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": words,
+            "merges": vocab.merges,
+        },
+    }
+
+
+def _isolated(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def sentencepiece_model(vocab: VocabFile, *, add_dummy_prefix: bool = True) -> bytes:
+    """A tokenizer.model with the pieces, scores and types of ``vocab``."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    model = pb.ModelProto()
+    kinds = {3: pb.ModelProto.SentencePiece.CONTROL, 6: pb.ModelProto.SentencePiece.BYTE}
+    for text, score, kind in zip(vocab.tokens, vocab.scores or [], vocab.types, strict=True):
+        if _PADDING.fullmatch(text) or (text.startswith("<|") and text != "<|endoftext|>"):
+            break
+        piece = model.pieces.add()
+        piece.piece, piece.score = text, score
+        piece.type = kinds.get(kind, pb.ModelProto.SentencePiece.NORMAL)
+    for index, text, kind in ((0, "<unk>", 2), (1, "<s>", 3), (2, "</s>", 3)):
+        if model.pieces[index].piece == text:
+            model.pieces[index].type, model.pieces[index].score = kind, 0.0
+    model.trainer_spec.model_type = 2
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.name = "identity"
+    return bytes(model.SerializeToString())
+
+
+def byte_fallback(
+    pieces: list[tuple[str, float, int]],
+    added: list[dict[str, Any]],
+    *,
+    prefix: bool,
+    bos: str,
+) -> dict[str, Any]:
+    """The tokenizer.json that transformers makes of ``pieces`` (text, score, type)."""
+    vocab = {text: index for index, (text, _, _) in enumerate(pieces)}
+    score = {text: value for text, value, _ in pieces}
+    merges = [
+        (score[text], cut, len(text) - cut, text)
+        for text, _, kind in pieces
+        if kind in (_NORMAL, _USER_DEFINED)
+        for cut in range(1, len(text))
+        if text[:cut] in vocab and text[cut:] in vocab
+    ]
+    # The best score first; among equal ones (runs of spaces) the longest left part.
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}
+        if prefix
+        else replace,
+        "pre_tokenizer": None,
+        "post_processor": _around(bos, vocab[bos]),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [[text[:cut], text[cut:]] for _, cut, _, text in merges],
+        },
+    }
+
+
+def _write(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+
+
+def _llama_2(folder: Path, *, model_file: bool) -> int:
+    """Llama 2's SentencePiece vocabulary, as tokenizer.model too where ``model_file``."""
+    vocab = vocab_file("llama-spm")
+    pieces = list(zip(vocab.tokens, vocab.scores or [], vocab.types, strict=True))
+    added = [_added(i, text, special=True) for i, text in enumerate(("<unk>", "<s>", "</s>"))]
+    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
+    if model_file:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocab))
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": _TEMPLATE,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
+    }
+    _write(folder, "tokenizer_config.json", config)
+    return len(pieces)
+
+
+def _llama_3(folder: Path) -> int:
+    vocab = vocab_file("llama-bpe")
+    bos = "<|begin_of_text|>"
+    post = {
+        "type": "Sequence",
+        "processors": [{**_WORDS}, _around(bos, vocab.tokens.index(bos))],
+    }
+    steps = [_isolated(LLAMA_3_SPLIT), _BYTES]
+    _write(folder, "tokenizer.json", byte_level(vocab, steps, ignore_merges=True, post=post))
+    _fast_config(folder, bos_token=bos, eos_token="<|end_of_text|>")
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
+    return len(vocab.tokens)
+
+
+def _fast_config(folder: Path, **tokens: str) -> None:
+    _write(
+        folder,
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **tokens,
+        },
+    )
+
+
+def _qwen_2(folder: Path) -> int:
+    vocab = vocab_file("qwen2")
+    steps = [_isolated(QWEN_2_SPLIT), _BYTES]
+    _write(folder, "tokenizer.json", byte_level(vocab, steps, normalizer={"type": "NFC"}))
+    _fast_config(folder, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return len(vocab.tokens)
+
+
+def _gpt_2(folder: Path) -> int:
+    vocab = vocab_file("gpt-2")
+    _write(folder, "tokenizer.json", byte_level(vocab, [_WORDS]))
+    _fast_config(folder, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return len(vocab.tokens)
+
+
+def _phi_2(folder: Path) -> int:
+    """GPT-2's vocabulary and the runs of blanks that CodeGen added to it."""
+    vocab = vocab_file("gpt-2")
+    blanks = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    more = [(text, False) for text in blanks]
+    _write(folder, "tokenizer.json", byte_level(vocab, [_WORDS], more=more))
+    _fast_config(folder, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return 51200
+
+
+def _phi_3(folder: Path) -> int:
+    vocab = vocab_file("phi-3")
+    model = sentencepiece_model(vocab_file("llama-spm"))
+    (folder / "tokenizer.model").write_bytes(model)
+    llama = vocab_file("llama-spm")
+    pieces = list(zip(llama.tokens, llama.scores or [], llama.types, strict=True))
+    added = [
+        _added(i, text, special=kind == _CONTROL)
+        for i, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED) and not _PADDING.fullmatch(text)
+    ]
+    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "pad_token": "<|endoftext|>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": _TEMPLATE,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
+    }
+    _write(folder, "tokenizer_config.json", config)
+    return len(vocab.tokens)
+
+
+def _gemma_3(folder: Path) -> int:
+    """A small SentencePiece model with the options and special pieces of Gemma's.
+
+    Trained here: the vocabulary of Gemma 3 is in no package.
+    """
+    import sentencepiece
+
+    model_file = io.BytesIO()
+    source = llama_source()
+    runs = [mark * count for mark in ("\n", "▁") for count in range(2, 32)]
+    defined = [*runs, "<table>", "</table>"]
+    lines = (source / "README.md").read_text(encoding="utf-8").splitlines()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 2),
+        model_writer=model_file,
+        model_type="bpe",
+        vocab_size=1200,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        character_coverage=0.98,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        control_symbols=["<start_of_turn>", "<end_of_turn>"],
+        user_defined_symbols=defined,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model_file.getvalue())
+    model = sentencepiece.SentencePieceProcessor(model_proto=model_file.getvalue())
+    size = model.vocab_size()
+    pieces, added = [], []
+    for index in range(size):
+        piece = model.id_to_piece(index)
+        control = model.is_control(index) or model.is_unknown(index)
+        kind = _CONTROL if control else _BYTE if model.is_byte(index) else _NORMAL
+        kind = _USER_DEFINED if piece in defined else kind
+        pieces.append((piece, model.get_score(index), kind))
+        if kind in (_CONTROL, _USER_DEFINED):
+            added.append(_added(index, piece, special=control))
+    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=False, bos="<bos>"))
+    config = {
+        "tokenizer_class": "GemmaTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
+    }
+    _write(folder, "tokenizer_config.json", config)
+    return size + 64
+
+
+TOKENIZERS: dict[str, Callable[[Path], int]] = {
+    "llama2": functools.partial(_llama_2, model_file=True),
+    "llama2-json": functools.partial(_llama_2, model_file=False),
+    "llama3": _llama_3,
+    "qwen2": _qwen_2,
+    "gpt2": _gpt_2,
+    "phi2": _phi_2,
+    "phi3": _phi_3,
+    "gemma3": _gemma_3,
+}
+
+
+def _shape(**changed: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        **changed,
+    }
+
+
+# Name -> (transformers' class, tokenizer, what the config says beyond the vocabulary's size).
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama2": ("Llama", "llama2", _shape(rms_norm_eps=1e-5)),
+    "tinyllama": ("Llama", "llama2-json", _shape(rms_norm_eps=1e-5)),
+    "llama3": (
+        "Llama",
+        "llama3",
+        _shape(
+            tie_word_embeddings=True,
+            head_dim=32,
+            max_position_embeddings=8192,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+    ),
+    "llama-linear": (
+        "Llama",
+        "gpt2",
+        _shape(
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        ),
+    ),
+    "qwen2": ("Qwen2", "qwen2", _shape(tie_word_embeddings=True, rope_theta=1e6)),
+    "qwen3": ("Qwen3", "qwen2", _shape(head_dim=32)),
+    "phi": (
+        "Phi",
+        "phi2",
+        _shape(num_key_value_heads=4, partial_rotary_factor=0.5),
+    ),
+    "phi3": ("Phi3", "phi3", _shape(sliding_window=128, original_max_position_embeddings=256)),
+    "phi3-long": (
+        "Phi3",
+        "phi3",
+        _shape(
+            max_position_embeddings=1024,
+            original_max_position_embeddings=256,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "long_factor": [1.0 + 0.7 * i for i in range(8)],
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "original_max_position_embeddings": 256,
+            },
+        ),
+    ),
+    "gemma3": (
+        "Gemma3",
+        "gemma3",
+        _shape(
+            num_hidden_layers=7,
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=16,
+        ),
+    ),
+    "gpt2": (
+        "GPT2",
+        "gpt2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_ctx": 256},
+    ),
+}
+
+
+def _weights(model: Any, width: float) -> None:
+    """Wide weights, norms near 1, biases that matter."""
+    import torch
+
+    generator = torch.Generator().manual_seed(20)
+    for name, parameter in model.named_parameters():
+        bias, norm = name.endswith("bias"), "norm" in name or "ln_" in name
+        with torch.no_grad():
+            parameter.normal_(
+                1.0 if norm and not bias else 0.0,
+                0.1 if norm or bias else width,
+                generator=generator,
+            )
+
+
+def make(
+    name: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int | None = None,
+    **changed: Any,
+) -> Path:
+    """A Hugging Face folder of the model called ``name`` in ``MODELS``, with its tokenizer.
+
+    ``changed`` replaces settings of its config; ``shard_bytes`` splits the weights into files.
+    """
+    import torch
+    import transformers
+
+    kind, tokenizer, settings = MODELS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = TOKENIZERS[tokenizer](folder)
+    config_class = getattr(
+        transformers, f"{kind.replace('3', '3Text') if kind == 'Gemma3' else kind}Config"
+    )
+    config = config_class(**{"vocab_size": vocab_size, **settings, **changed})
+    model_class = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM"))
+    model = model_class(config)
+    # llama.cpp's GELU is a table of 16-bit floats: seven layers of wide weights would magnify it.
+    _weights(model, 0.08 if kind == "Gemma3" else 0.3)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=shard_bytes or "5GB", safe_serialization=True
+    )
+    return folder
