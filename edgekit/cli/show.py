@@ -20,8 +20,9 @@ _TICK_S = 0.2
 
 
 def as_json(body: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(body, indent=2, ensure_ascii=False))
+    """One JSON document on stdout. Tokens may hold bytes that are no text: they come escaped."""
+    text = json.dumps(body, indent=2, ensure_ascii=False)
+    click.echo(text.encode("utf-8", "backslashreplace").decode())
 
 
 def table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ()) -> None:

@@ -28,7 +28,7 @@ DEFAULT_ALIGNMENT = 32
 
 # Several times what the largest known models use. They bound time and memory on hostile files.
 MAX_ENTRIES = 1 << 16
-MAX_TENSORS = 1 << 16
+MAX_TENSORS = 1 << 15
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TEXT_BYTES = 1 << 24
 MAX_ELEMENTS = 1 << 21
@@ -194,10 +194,21 @@ def _expect(kinds: dict[str, str], key: str, kind: str) -> None:
 
 
 def _strict(raw: bytes, what: str) -> str:
+    """Text that means the same to an engine, which reads up to the first NUL."""
+    if b"\0" in raw:
+        raise Malformed(f"has a {what} with a NUL in it")
     try:
         return raw.decode()
     except UnicodeDecodeError:
         raise Malformed(f"has a {what} that is not UTF-8") from None
+
+
+def _name(raw: bytes, what: str) -> str:
+    """A key or a tensor's name, which people will see in tables: nothing but printable text."""
+    name = _strict(raw, what)
+    if not name.isprintable():
+        raise Malformed(f"has the unprintable {what} {shown(name)}")
+    return name
 
 
 class _Metadata:
@@ -212,7 +223,7 @@ class _Metadata:
         values: dict[str, Any] = {}
         kinds: dict[str, str] = {}
         for _ in range(count):
-            key = _strict(self._cursor.text(MAX_KEY_BYTES), "key")
+            key = _name(self._cursor.text(MAX_KEY_BYTES), "key")
             if not key:
                 raise Malformed("has a metadata entry with an empty key")
             if key in values:
@@ -251,7 +262,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> list[GgufTensor]:
     """The tensors with offsets that count from the start of the data, as the file gives them."""
     tensors: dict[str, GgufTensor] = {}
     for _ in range(count):
-        name = _strict(cursor.text(MAX_NAME_BYTES), "tensor name")
+        name = _name(cursor.text(MAX_NAME_BYTES), "tensor name")
         if not name:
             raise Malformed("has a tensor without a name")
         if name in tensors:

@@ -10,6 +10,8 @@ from typing import Any
 
 from edgekit.formats.foreign import Malformed, shown
 
+MAX_TOKENS = 1 << 20
+
 _PREFIX = "tokenizer.ggml."
 _BYTE_TOKEN = 6
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -40,6 +42,8 @@ def check(metadata: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     tokens: list[str] | None = metadata.get(_PREFIX + "tokens")
     if tokens is None:
         return
+    if len(tokens) > MAX_TOKENS:
+        raise Malformed(f"has {len(tokens)} tokens, the limit is {MAX_TOKENS}")
     for name in ("scores", "token_type"):
         values = metadata.get(_PREFIX + name)
         if values is not None and len(values) < len(tokens):
@@ -66,6 +70,8 @@ def _check_ids(metadata: Mapping[str, Any], kinds: Mapping[str, str], tokens: in
 
 def _check_distinct(tokens: list[str]) -> None:
     """llama.cpp cuts a text at its first NUL and names empty ones; equal texts abort it."""
+    if len({"", *tokens}) == len(tokens) + 1 and "\0" not in "".join(tokens):
+        return
     seen: dict[str, int] = {}
     for index, token in enumerate(tokens):
         text = token.partition("\0")[0] or f"[EMPTY_{index}]"
