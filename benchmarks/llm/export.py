@@ -1,8 +1,9 @@
 """``edgekit export`` against llama.cpp's conversion script, quantizer and llama-imatrix.
 
 Three tables: what HF folder -> Q4_K_M costs on both sides (no importance matrix); whether the files
-are the same, tensor by tensor and key by key; what an importance matrix costs, and how equal the
-values are. Sides run in turn, in fresh processes; memory is that of the whole process tree.
+are the same, tensor by tensor and key by key; what quantizing with an importance matrix costs, and
+how equal the two matrices are. Sides run in turn, in fresh processes; memory is that of the whole
+process tree.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from edgekit.formats import gguf
 
 TYPE = "Q4_K_M"
 _QUICK_TEXT_BYTES = 10_000
+_ALL_CHUNKS = "10000"  # more than the text has, so both sides take all of it
 # The one part of general.* that decides how the engine reads a file; the rest describes it.
 _READ_BY_ENGINE = ("general.architecture", "general.alignment")
 
@@ -137,30 +139,31 @@ def compare_matrices(ours: Path, theirs: Path) -> dict[str, Any]:
 def matrices(
     tools: peers.Tools, work: Path, reps: int, threads: int, quick: bool
 ) -> tuple[Costs, Costs, dict[str, Any]]:
-    """The costs of both sides' importance matrix of one F16 file and text, and the comparison."""
+    """What one F16 file to Q4_K_M by an importance matrix costs both sides, and its values."""
     model = peers.quantized(tools, work.parent, "F16")
     text = work / "calibration.txt"
     content = resources.files("edgekit.exporters").joinpath("calibration.txt").read_bytes()
     text.write_bytes(content[:_QUICK_TEXT_BYTES] if quick else content)
-    out = work / "theirs-imatrix.gguf"
+    our_folder, their_matrix, their_file = (
+        work / name for name in ("ours-matrix", "theirs-matrix.gguf", "theirs-matrix-q4.gguf")
+    )
     ours, theirs = Costs(), Costs()
-    files: list[Path] = []
 
     def our_side() -> None:
+        options = ("--type", TYPE, "--calibration", text, "--chunks", _ALL_CHUNKS)
+        argv = peers.edgekit("export", model, *options, "--out", our_folder)
         # A home of its own: nothing may come out of a cache.
-        home = tempfile.mkdtemp(dir=work)
-        program = Path(__file__).with_name("imatrix_run.py")
-        ran = measure.run([sys.executable, program, model, text], env={"EDGEKIT_HOME": home})
-        ours.add(ran)
-        files.append(Path(ran.stdout.strip()))
+        ours.add(measure.run(argv, env={"EDGEKIT_HOME": tempfile.mkdtemp(dir=work)}))
 
     def their_side() -> None:
-        argv = [tools.program("llama-imatrix"), "-m", model, "-f", text, "-o", out, "--no-ppl"]
-        theirs.add(measure.run([*argv, "-c", "512", "-t", threads]))
+        argv = [tools.program("llama-imatrix"), "-m", model, "-f", text, "-o", their_matrix]
+        matrix = measure.run([*argv, "--no-ppl", "-c", 512, "-t", threads])
+        argv = [tools.program("llama-quantize"), "--imatrix", their_matrix, model, their_file]
+        theirs.add(matrix, measure.run([*argv, TYPE, threads]))
 
     measure.say("importance matrix")
     measure.in_turn(min(reps, 3), our_side, their_side)
-    return ours, theirs, compare_matrices(files[-1], out)
+    return ours, theirs, compare_matrices(our_folder / "imatrix.gguf", their_matrix)
 
 
 def _cost_rows(what: str, ours: Costs, theirs: Costs, target: str | None) -> list[list[object]]:
@@ -233,7 +236,7 @@ def main() -> None:
         f"Importance matrix (chunks: {equal['chunks'][0]} of edgekit, {equal['chunks'][1]} of"
         f" llama-imatrix; medians of {len(my_costs.wall_s)})",
         [*head[:-1], ""],
-        _cost_rows("importance matrix", my_costs, other_costs, None),
+        _cost_rows(f"F16 to {TYPE} with it", my_costs, other_costs, None),
     )
     print(
         f"{equal['weights']} weights in both, in one only: {_names(equal['in_one_only'])}."

@@ -83,7 +83,10 @@ class Ran:
 
 
 def run(argv: Sequence[object], *, env: dict[str, str] | None = None) -> Ran:
-    """Run a program to its end; every word of ``argv`` becomes text. Raises EdgekitError with its last words when it fails."""
+    """Run a program to its end; every word of ``argv`` becomes text.
+
+    Raises EdgekitError with the program's last words when it fails.
+    """
     words = [str(word) for word in argv]
     name = Path(words[0]).name
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

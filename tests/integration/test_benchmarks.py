@@ -1,0 +1,78 @@
+"""The benchmarks of language models run, print their tables and write only where they are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT = ROOT / "exporters" / "calibration.txt"  # any text shows that it runs
+
+
+def _benchmark(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = ROOT / "benchmarks" / "llm" / f"{name}.py"
+    return subprocess.run(
+        [sys.executable, "-B", program, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def tools() -> Path:
+    """llama.cpp's programs, compiled once per machine."""
+    built = subprocess.run([ROOT / "scripts" / "build", "--tools"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return Path(built.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models made by one benchmark serve the next."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("name", "options", "keys"),
+    [
+        ("peers", (), {"bytes", "build_commit"}),
+        ("runtime", (), {"same_settings", "automatic", "best_rows", "rss_bytes"}),
+        ("export", (), {"export", "same", "imatrix"}),
+        ("presets", ("--text", HELD_OUT), {"rows", "speed"}),
+    ],
+)
+def test_a_quick_run_prints_tables_and_keeps_its_figures(
+    name: str, options: tuple[Any, ...], keys: set[str], tools: Path, scratch: Path, tmp_path: Path
+) -> None:
+    before = sorted((ROOT / "benchmarks").rglob("*"))
+    figures = tmp_path / "figures.json"
+    done = _benchmark(
+        name, "--quick", "--tools", tools, "--scratch", scratch, "--json", figures, *options
+    )
+    assert done.returncode == 0, done.stderr
+    assert "load average" in done.stdout and "\n|---|" in done.stdout
+    assert json.loads(figures.read_text()).keys() == keys | {"machine"}
+    assert sorted((ROOT / "benchmarks").rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["peers", "runtime", "export"])
+def test_missing_peers_are_one_clear_line(name: str, tmp_path: Path) -> None:
+    done = _benchmark(name, "--tools", tmp_path, "--scratch", tmp_path / "scratch")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning")]
+    assert errors == [
+        f"error: {tmp_path} has no program llama-bench",
+        "hint: scripts/build --tools compiles it",
+    ]
+
+
+def test_a_missing_held_out_text_is_one_clear_line(tmp_path: Path) -> None:
+    done = _benchmark("presets", "--text", tmp_path / "none.txt", "--scratch", tmp_path)
+    assert done.returncode == 2
+    assert f"error: cannot read {tmp_path / 'none.txt'}: No such file" in done.stderr
+    assert "Traceback" not in done.stderr
