@@ -20,7 +20,7 @@ from edgekit.errors import EdgekitError
 # two, so that the help needs to import no verb).
 VERBS = {
     "export": "Make a verified artifact from MODEL.",
-    "run": "Answer a prompt, or chat, with an artifact.",
+    "run": "Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).",
     "inspect": "Show what an artifact or a GGUF file holds; no weight is read.",
     "verify": "Check every byte of ARTIFACT against its manifest.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
