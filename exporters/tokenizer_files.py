@@ -110,9 +110,12 @@ class TokenizerFiles:
             older = _part(self.config, "added_tokens_decoder")
             entries = [{"id": _whole(key), **_mapping(value)} for key, value in older.items()]
             known = {entry["id"] for entry in entries}
-            for text, index in self._mapping("added_tokens.json", _MAX_CONFIG_BYTES).items():
-                if index not in known:
-                    entries.append({"id": index, "content": text, "special": False})
+            oldest = self._mapping("added_tokens.json", _MAX_CONFIG_BYTES)
+            entries += [
+                {"id": index, "content": text, "special": False}
+                for text, index in oldest.items()
+                if index not in known
+            ]
         found = []
         for entry in entries:
             index, text = _mapping(entry).get("id"), _mapping(entry).get("content")

@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from edgekit.exporters import hf_to_gguf
-from edgekit.source import ModelSource
+from edgekit.exporters.arch.llama import Llama
+from edgekit.source import source
 
 TRICKY = [
     "Hello, world! It's 3.14159, isn't it? I'LL say: 1234567890",
@@ -31,38 +32,6 @@ TRICKY = [
     " ",
     "\n",
 ]
-
-
-def source(folder: Path) -> ModelSource:
-    config = json.loads((folder / "config.json").read_text())
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return ModelSource("test", "hf", folder, config["model_type"], tuple(files), config)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model, made once."""
-    root, made = tmp_path_factory.mktemp("tiny"), {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tiny.make(name, root / name)
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def gguf_file(model: Callable[[str], Path]) -> Callable[[str], Path]:
-    """The F32 GGUF of a tiny model, written once."""
-
-    def path(name: str) -> Path:
-        out = model(name).parent / f"{name}.gguf"
-        if not out.exists():
-            hf_to_gguf.write(source(model(name)), out, "F32")
-        return out
-
-    return path
 
 
 def reference_logits(folder: Path, ids: list[int]) -> np.ndarray[Any, Any]:
@@ -84,22 +53,34 @@ def some_ids(folder: Path, count: int = 64) -> list[int]:
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_logits_equal_transformers(
-    name: str, model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+    name: str, tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:
-    ids = some_ids(model(name))
-    expected = reference_logits(model(name), ids)
-    with llama_eval.opened(gguf_file(name)) as engine:
+    ids = some_ids(tiny_model(name))
+    expected = reference_logits(tiny_model(name), ids)
+    with llama_eval.opened(tiny_gguf(name)) as engine:
         found = engine.logits(ids)
     assert np.abs(found - expected).max() <= 1e-2
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-def test_logits_with_the_long_factors_equal_transformers(
-    model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+def test_a_wrong_head_order_would_be_seen(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = some_ids(model("phi3-long"), 300)  # longer than the length it was trained with
-    expected = reference_logits(model("phi3-long"), ids)
-    with llama_eval.opened(gguf_file("phi3-long")) as engine:
+    monkeypatch.setattr(Llama, "_pair_neighbours", lambda self, rows: rows)
+    folder, out = tiny_model("llama-linear"), tmp_path / "wrong.gguf"
+    hf_to_gguf.write(source(folder), out, "F32")
+    ids = some_ids(folder)
+    with llama_eval.opened(out) as engine:
+        found = engine.logits(ids)
+    assert np.abs(found - reference_logits(folder, ids)).max() > 1
+
+
+def test_logits_with_the_long_factors_equal_transformers(
+    tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
+) -> None:
+    ids = some_ids(tiny_model("phi3-long"), 300)  # longer than the length it was trained with
+    expected = reference_logits(tiny_model("phi3-long"), ids)
+    with llama_eval.opened(tiny_gguf("phi3-long")) as engine:
         found = engine.logits(ids)
     assert np.abs(found - expected).max() <= 1e-2
     assert (found.argmax(1) == expected.argmax(1)).all()
@@ -107,12 +88,12 @@ def test_logits_with_the_long_factors_equal_transformers(
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_token_ids_equal_the_tokenizer(
-    name: str, model: Callable[[str], Path], gguf_file: Callable[[str], Path]
+    name: str, tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:
     import tokenizers
 
-    expected = tokenizers.Tokenizer.from_file(str(model(name) / "tokenizer.json"))
-    with llama_eval.opened(gguf_file(name), vocab_only=True) as engine:
+    expected = tokenizers.Tokenizer.from_file(str(tiny_model(name) / "tokenizer.json"))
+    with llama_eval.opened(tiny_gguf(name), vocab_only=True) as engine:
         for text in TRICKY:
             assert engine.ids(text, add_special=True, parse_special=True) == (
                 expected.encode(text).ids
