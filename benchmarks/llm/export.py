@@ -125,14 +125,19 @@ def compare_matrices(ours: Path, theirs: Path) -> dict[str, Any]:
     if not shared:
         raise EdgekitError("the two importance matrices have no weight in common")
     chunks = [gguf.read(path).metadata.get("imatrix.chunk_count") for path in (ours, theirs)]
+    alike = {name: float(np.corrcoef(mine[name], other[name])[0, 1]) for name in shared}
+    apart = {
+        name: float(np.max(np.abs(mine[name] - other[name])) / np.max(np.abs(other[name])))
+        for name in shared
+    }
+    worst = sorted(shared, key=alike.__getitem__)
     return {
         "chunks": chunks,
         "weights": len(shared),
         "in_one_only": sorted(mine.keys() ^ other.keys()),
-        "lowest_correlation": min(float(np.corrcoef(mine[n], other[n])[0, 1]) for n in shared),
-        "largest_difference": max(
-            float(np.max(np.abs(mine[n] - other[n])) / np.max(np.abs(other[n]))) for n in shared
-        ),
+        "median_correlation": alike[worst[len(worst) // 2]],
+        "lowest_correlations": {name: alike[name] for name in worst[:3]},
+        "largest_difference": max(apart.values()),
     }
 
 
@@ -240,8 +245,9 @@ def main() -> None:
     )
     print(
         f"{equal['weights']} weights in both, in one only: {_names(equal['in_one_only'])}."
-        f" Lowest correlation {equal['lowest_correlation']:.6f}, largest difference"
-        f" {equal['largest_difference']:.2e} of the weight's largest value."
+        f" Correlation {equal['median_correlation']:.6f} in the median; lowest: "
+        + ", ".join(f"{name} {r:.6f}" for name, r in equal["lowest_correlations"].items())
+        + f". Largest difference: {equal['largest_difference']:.1e} of a weight's largest value."
     )
     measure.finish(
         arguments,
