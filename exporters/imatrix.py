@@ -34,7 +34,8 @@ _ALGORITHM = 1  # part of the cache key: raise it when the figures would change
 
 # A row gets an output only where one is asked for, and every output costs a product with the whole
 # vocabulary: a fifth of all work in a small model. The last layer's feed-forward part computes
-# only these rows, and is content with them.
+# only these rows. Which ones changes from chunk to chunk, for the first token of a text is unlike
+# all others (Massive Activations, https://arxiv.org/abs/2402.17762) and must not count more.
 _OUTPUT_EVERY = 8
 _OP_MUL_MAT = "MUL_MAT"
 _TYPE_F32 = 0
@@ -258,7 +259,7 @@ def _compute(model: str, text: str, out: str, chunks: int, chunk_tokens: int, na
         starts = np.linspace(0, available - 1, chunks).astype(int) * chunk_tokens
         batch = llama.llama_batch_init(chunk_tokens, 0, 1)
         for done, start in enumerate(starts, 1):
-            _fill(batch, tokens[start : start + chunk_tokens])
+            _fill(batch, tokens[start : start + chunk_tokens], done)
             if llama.llama_vocab_get_add_bos(vocab):
                 batch.token[0] = llama.llama_vocab_bos(vocab)
             llama.llama_memory_clear(llama.llama_get_memory(context), True)
@@ -274,14 +275,15 @@ def _compute(model: str, text: str, out: str, chunks: int, chunk_tokens: int, na
         _write(Path(out), entries, name, chunks, chunk_tokens)
 
 
-def _fill(batch: Any, tokens: Any) -> None:
+def _fill(batch: Any, tokens: Any, number: int) -> None:
+    """Chunk ``number`` as one sequence from position 0, with an output for every eighth row."""
     batch.n_tokens = len(tokens)
     for position, token in enumerate(tokens):
         batch.token[position] = int(token)
         batch.pos[position] = position
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
-        batch.logits[position] = position % _OUTPUT_EVERY == 0
+        batch.logits[position] = (position + number) % _OUTPUT_EVERY == 0
 
 
 def _tokenize(vocab: Any, text: bytes) -> Any:
