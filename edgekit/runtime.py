@@ -110,7 +110,8 @@ class LoadParams:
     ``n_ctx`` None: the model's own context, at most 4096 tokens. ``n_threads`` None: the count that
     was measured fastest on this machine. ``n_gpu_layers`` None: as many layers as fit.
     ``kv_type`` is the type of the KV cache (f16, q8_0, q4_0, ...). ``adapters`` are LoRA files with
-    their scales. ``prompt_cache`` is a file that keeps the KV state of prompts between runs.
+    their scales. ``prompt_cache`` is a file that keeps the last prompt's KV state between runs.
+    ``embeddings`` makes ``embed`` possible, and everything else a little slower.
     """
 
     n_ctx: int | None = None
@@ -122,6 +123,13 @@ class LoadParams:
     adapters: tuple[tuple[Path, float], ...] = ()
     prompt_cache: Path | None = None
     embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        # A path may come as text, and an adapter without a scale.
+        if isinstance(self.prompt_cache, str):
+            object.__setattr__(self, "prompt_cache", Path(self.prompt_cache))
+        pairs = [(x, 1.0) if isinstance(x, str | Path) else x for x in self.adapters]
+        object.__setattr__(self, "adapters", tuple((Path(file), scale) for file, scale in pairs))
 
 
 @dataclass(frozen=True)

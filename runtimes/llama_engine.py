@@ -22,6 +22,8 @@ from edgekit.formats.gguf import GgufHeader
 from edgekit.runtime import LoadParams
 from edgekit.runtimes.gpu_layers import layers_that_fit
 
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
 # Types that the KV cache may have, and their numbers in ggml.h.
 KV_TYPES = {
     "f32": 0,
@@ -38,6 +40,7 @@ _FLOATS = ("f32", "f16", "bf16")
 _FLASH_OFF, _FLASH_AUTO = 0, -1
 _POOLING_NONE = 0
 _CONTROL = 1 | 8  # LLAMA_TOKEN_ATTR_UNKNOWN and _CONTROL: what "special" switches on
+_SHORT = 32  # tokens that are evaluated before anybody loses patience
 _SENTENCEPIECE = 1  # LLAMA_VOCAB_TYPE_SPM
 _DEFAULT_N_CTX = 4096
 
@@ -61,8 +64,8 @@ class Engine:
         self._closed = False
         try:
             self._model = self._load_model(path, header, params)
-            self._vocab = llama.llama_model_get_vocab(self._model)
-            self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
+            self.vocabulary = llama.llama_model_get_vocab(self._model)
+            self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocabulary)
             self.n_ctx = self._choose_n_ctx(params.n_ctx)
             self.n_batch = min(params.n_batch, self.n_ctx)
             self._context = self._make_context(params, threads)
@@ -73,9 +76,9 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self.adds_bos: bool = llama.llama_vocab_get_add_bos(self._vocab)
-        self.bos: int = llama.llama_vocab_bos(self._vocab)
-        self.eos: int = llama.llama_vocab_eos(self._vocab)
+        self.adds_bos: bool = llama.llama_vocab_get_add_bos(self.vocabulary)
+        self.bos: int = llama.llama_vocab_bos(self.vocabulary)
+        self.eos: int = llama.llama_vocab_eos(self.vocabulary)
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
 
@@ -129,10 +132,12 @@ class Engine:
             )
 
     def _or_reason(self, handle: Any, what: str) -> Any:
-        """``handle``, or LoadError with the last line that the engine logged."""
+        """``handle``, or LoadError with the engine's last words about an error."""
         if handle:
             return handle
-        reason = next((line for line in reversed(llama_library.recent_log()) if line), "")
+        # Its very last line only says that it failed.
+        lines = llama_library.recent_log()
+        reason = next((line for line in reversed(lines) if "error" in line), "")
         raise LoadError(f"{what}: {reason}" if reason else what)
 
     def _make_batch(self) -> None:
@@ -181,7 +186,7 @@ class Engine:
         count = len(raw) + 2
         buffer = (ctypes.c_int32 * count)()
         found = self._llama.llama_tokenize(
-            self._vocab, raw, len(raw), buffer, count, False, special
+            self.vocabulary, raw, len(raw), buffer, count, False, special
         )
         if found < 0:
             raise InferenceError("the engine could not tokenise the text")
@@ -192,7 +197,7 @@ class Engine:
 
         SentencePiece puts a space before every text; behind a line break it can be cut off.
         """
-        if self._llama.llama_vocab_type(self._vocab) == _SENTENCEPIECE:
+        if self._llama.llama_vocab_type(self.vocabulary) == _SENTENCEPIECE:
             start = self.tokenize("\n", special=True)
             tokens = self.tokenize("\n" + text, special=True)
             if tokens[: len(start)] == start:
@@ -210,7 +215,9 @@ class Engine:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length = self._llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            length = self._llama.llama_token_to_piece(
+                self.vocabulary, token, buffer, size, 0, special
+            )
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
@@ -219,7 +226,7 @@ class Engine:
         """Whether ``token`` ends a turn or a text."""
         known = self._ends.get(token)
         if known is None:
-            known = self._ends[token] = bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+            known = self._ends[token] = bool(self._llama.llama_vocab_is_eog(self.vocabulary, token))
         return known
 
     def control_texts(self) -> list[str]:
@@ -228,7 +235,7 @@ class Engine:
         texts = [
             self.token_text(token)
             for token in range(self.n_vocab)
-            if attributes(self._vocab, token) & _CONTROL
+            if attributes(self.vocabulary, token) & _CONTROL
         ]
         return [text for text in texts if text]
 
@@ -249,7 +256,7 @@ class Engine:
         self._positions[:count] = np.arange(position, position + count)
         self._wanted[count - outputs : count] = 1
         self._batch.n_tokens = count
-        with self._interruptible():
+        with self._interruptible(count):
             code = self._llama.llama_decode(self._context, self._batch)
         self._wanted[count - outputs : count] = 0
         if code:
@@ -267,14 +274,14 @@ class Engine:
             raise InferenceError(f"the engine failed to evaluate a token (code {code})")
 
     @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
+    def _interruptible(self, count: int) -> Iterator[None]:
         """Let signals stop the engine in the middle of a batch, and deliver them afterwards.
 
         Python runs signal handlers only between bytecodes, and a batch can last for minutes on a
         small board: so the engine asks a Python function now and then, and handlers that only take
         note run inside it.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if count <= _SHORT or threading.current_thread() is not threading.main_thread():
             yield
             return
         caught: list[int] = []
@@ -295,7 +302,7 @@ class Engine:
             if caught:
                 signal.raise_signal(caught[0])
 
-    def logits(self, row: int = -1) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def logits(self, row: int = -1) -> Logits:
         """Logits of one output of the last decode, shape [n_vocab]; a view, until the next one."""
         pointer = self._llama.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,))

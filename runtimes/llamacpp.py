@@ -20,7 +20,9 @@ from edgekit.runtimes import first_load, threads
 from edgekit.runtimes.chat import ChatTemplate, Guard, check_messages
 from edgekit.runtimes.context_window import ContextWindow, common_length
 from edgekit.runtimes.llama_engine import Engine, check_params
+from edgekit.runtimes.prompt_cache import PromptCache
 from edgekit.runtimes.sampling import Sampler
+from edgekit.runtimes.speculation import Speculator
 from edgekit.runtimes.text_stream import TextStream
 
 _POOLINGS = ("mean", "last", "cls")
@@ -61,7 +63,12 @@ class LlamaSession:
         self._turn = 0
         self._closed = False
         if known is None:
-            engine.set_threads(*threads.measure(engine, header))
+            threads.measure(engine, header)
+        self._cache: PromptCache | None = None
+        if params.prompt_cache is not None:
+            self._cache = PromptCache(params.prompt_cache, path, params)
+            if found := self._cache.load(engine.n_vocab):
+                self._window.restore(*found)
 
     # Generating
 
@@ -114,12 +121,15 @@ class LlamaSession:
     ) -> Iterator[str]:
         engine, window, turn = self._engine, self._window, self._turn
         text = TextStream(params.stop)
+        speculator: Speculator | None = None
         shown: list[str] = []
         clock = time.perf_counter
         try:
             started = clock()
             done.cached_tokens = window.enter(prompt, endless=params.endless, keep=keep)
-            token = sampler.next()
+            token = sampler.next(window.logits())
+            if _speculates(params, sampler):
+                speculator = Speculator(engine, window, done)
             done.prompt_ms = (clock() - started) * 1e3
             done.finish_reason = "length"
             resumed = clock()
@@ -140,12 +150,15 @@ class LlamaSession:
                     break
                 if len(done.tokens) >= params.max_tokens:
                     break
-                if window.full:
+                if window.full and not (speculator and speculator.ready):
                     if not params.endless:
                         break
                     window.slide()
-                window.push(token)
-                token = sampler.next()
+                if speculator:
+                    token = speculator.after(token)
+                else:
+                    window.push(token)
+                    token = sampler.next(engine.logits())
             done.decode_ms += (clock() - resumed) * 1e3
             if rest := text.finish():
                 shown.append(rest)
@@ -269,12 +282,16 @@ class LlamaSession:
         self._window.clear()
 
     def close(self) -> None:
-        """Free the model. Closing twice is fine."""
+        """Write the prompt cache, if there is one, and free the model. Closing twice is fine."""
         if not self._closed:
             self._closed = True
             if self._template is not None:
                 self._template.close()
-            self._engine.close()
+            try:
+                if self._cache is not None and (kept := self._window.snapshot()):
+                    self._cache.save(*kept)
+            finally:
+                self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -286,3 +303,8 @@ class LlamaSession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _speculates(params: GenerateParams, sampler: Sampler) -> bool:
+    """Only plain greedy answers can be drafted and checked without changing them."""
+    return params.speculate and not params.endless and sampler.free

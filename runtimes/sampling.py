@@ -15,8 +15,11 @@ import numpy as np
 from edgekit import llama_library
 from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
-from edgekit.runtimes.llama_engine import Engine
+from edgekit.runtimes.json_schema import to_gbnf
+from edgekit.runtimes.llama_engine import Engine, Logits
 
+MAX_GRAMMAR_CHARACTERS = 1 << 16
+MAX_GRAMMAR_DEPTH = 200
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -36,7 +39,10 @@ class Sampler:
             self._chain = self._make_chain(params, penalised)
             for token in prompt[-params.repeat_last_n :] if penalised else ():
                 self._llama.llama_sampler_accept(self._chain, token)
-        if params.grammar is not None:
+        if params.json_schema is not None:
+            self._grammar = self._make_grammar(to_gbnf(params.json_schema))
+        elif params.grammar is not None:
+            _check_grammar(params.grammar)
             self._grammar = self._make_grammar(params.grammar)
         self.free = self.plain and self._grammar is None and not self._logprobs
 
@@ -68,9 +74,9 @@ class Sampler:
         return chain
 
     def _make_grammar(self, text: str) -> Any:
-        # A NUL would end the grammar early for the engine.
-        grammar = "\0" not in text and self._llama.llama_sampler_init_grammar(
-            self._engine._vocab, text.encode(), b"root"
+        """Raises UsageError with the engine's reason for a grammar that does not parse."""
+        grammar = self._llama.llama_sampler_init_grammar(
+            self._engine.vocabulary, text.encode("utf-8", "replace"), b"root"
         )
         if not grammar:
             raise UsageError(
@@ -78,9 +84,8 @@ class Sampler:
             )
         return grammar
 
-    def next(self, row: int = -1) -> int | None:
-        """The token after output ``row`` of the last decode; None where the grammar ends."""
-        logits = self._engine.logits(row)
+    def next(self, logits: Logits) -> int | None:
+        """The token that ``logits`` (shape [n_vocab]) lead to; None where the grammar ends."""
         if self._grammar is None:
             token = self._choose(logits) if self._chain else int(logits.argmax())
         else:
@@ -94,7 +99,7 @@ class Sampler:
             self.logprobs.append(self._report(logits, token))
         return token
 
-    def _choose(self, logits: Any) -> int:
+    def _choose(self, logits: Logits) -> int:
         candidates = np.empty(self._engine.n_vocab, _CANDIDATE)
         candidates["id"] = np.arange(self._engine.n_vocab)
         candidates["logit"] = logits
@@ -106,7 +111,7 @@ class Sampler:
         self._llama.llama_sampler_apply(self._chain, ctypes.byref(array))
         return int(array.data[array.selected].id)
 
-    def _choose_in_grammar(self, logits: Any) -> int | None:
+    def _choose_in_grammar(self, logits: Logits) -> int | None:
         """First choose freely, which is cheap; what the grammar forbids is chosen again."""
         free = self._choose(logits) if self._chain else int(logits.argmax())
         if self._allows(free):
@@ -137,7 +142,7 @@ class Sampler:
         data = candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
         return llama.llama_token_data_array(data, len(candidates), -1, False)
 
-    def _report(self, logits: Any, token: int) -> TokenLogprob:
+    def _report(self, logits: Logits, token: int) -> TokenLogprob:
         """Natural-log probabilities before penalties, temperature and cuts."""
         highest = float(logits.max())
         norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float64).sum()))
@@ -155,3 +160,18 @@ class Sampler:
             if sampler:
                 self._llama.llama_sampler_free(sampler)
         self._chain = self._grammar = None
+
+
+def _check_grammar(text: str) -> None:
+    """UsageError for what the engine's parser would die of, or would take for no grammar at all."""
+    if not text.strip() or "\0" in text or len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise UsageError(
+            f"a grammar has 1 to {MAX_GRAMMAR_CHARACTERS} characters, none of them NUL"
+        )
+    depth = deepest = 0
+    # Brackets inside strings count too: then a strange grammar is refused, which does no harm.
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if deepest > MAX_GRAMMAR_DEPTH:
+        raise UsageError(f"the grammar nests deeper than {MAX_GRAMMAR_DEPTH} brackets")

@@ -61,7 +61,12 @@ def _environment() -> Any:
             sort_keys=sort_keys,
         )
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+            """No template that means well reaches for such an attribute: end it at once."""
+            raise jinja2.exceptions.SecurityError(f"it reaches for {attribute!r}")
+
+    environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, "jinja2.ext.loopcontrols"],
@@ -94,8 +99,8 @@ def _answer(environment: Any, template: Any, request: dict[str, Any]) -> tuple[A
 def serve() -> None:
     """Answer one JSON line after the other, until stdin ends."""
     environment, template = _environment(), None
-    # Everything that rendering needs is imported; from here on no file can be opened.
-    environment.from_string("{{ 'a' | trim }}{{ strftime_now('%Y') }}").render()
+    # Import now what rendering and its errors need: from here on no file can be opened.
+    _answer(environment, None, {"template": "{{ strftime_now('%Y').no.no }}", "variables": {}})
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (

@@ -1,0 +1,233 @@
+"""`edgekit run`: answer a prompt, chat in the terminal, or embed a text.
+
+Knows options and how to show an answer; the model's work is done by ``edgekit.runtime``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.errors import UsageError
+from edgekit.runtime import GenerateParams, Generation, Session, load
+
+_HELP = "/reset forgets the chat, /system TEXT sets a system message, /exit or Ctrl-D leaves."
+
+
+@click.command()
+@click.argument("artifact")
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without a chat template.")
+@click.option("--system", metavar="TEXT", help="System message of the chat.")
+@click.option("--embed", is_flag=True, help="Print the prompt's embedding instead of an answer.")
+@click.option("--pooling", default="mean", show_default=True, help="With --embed: mean, last, cls.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--max-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 is off.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here. Repeatable.")
+@click.option("--logprobs", type=int, default=0, metavar="N", help="Report N alternatives a token.")
+@click.option("--json-schema", metavar="FILE|JSON", help="Answer with JSON of this schema.")
+@click.option("--grammar", type=click.Path(path_type=Path), help="Answer within a GBNF grammar.")
+@click.option("--speculate", is_flag=True, help="Draft repeated text; never changes the answer.")
+@click.option("--n-ctx", type=int, help="Context in tokens [default: the model's, at most 4096].")
+@click.option("--threads", type=int, help="CPU threads [default: measured once, remembered].")
+@click.option("--n-gpu-layers", type=int, help="Layers on the GPU [default: as many as fit].")
+@click.option("--kv-type", default="f16", show_default=True, help="Type of the KV cache.")
+@click.option("--lora", multiple=True, metavar="FILE[:SCALE]", help="Apply a LoRA. Repeatable.")
+@click.option("--prompt-cache", type=click.Path(path_type=Path), help="Keep prompts between runs.")
+def command(
+    artifact: str,
+    prompt: str | None,
+    raw: bool,
+    system: str | None,
+    embed: bool,
+    pooling: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer a prompt, or chat, with an artifact.
+
+    ARTIFACT is an artifact's folder or a GGUF file. A PROMPT of `-`, or none when stdin is no terminal, is read from stdin. Without a prompt on a
+    terminal this is a chat. The answer goes to stdout, everything else to stderr.
+    """
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    interactive = prompt is None
+    if interactive and (as_json or embed or raw):
+        raise UsageError("--json, --embed and --raw need a prompt")
+    params = _generate_params(options, endless=interactive)
+    with load(artifact, **_load_fields(options), embeddings=embed) as session:
+        if prompt is None:
+            _chat(session, params, system)
+        elif embed:
+            vector = session.embed(prompt, pooling=pooling)
+            click.echo(json.dumps({"embedding": vector}) if as_json else " ".join(map(str, vector)))
+        else:
+            chat = session.has_chat_template and not raw
+            if system is not None and not chat:
+                raise UsageError("--system needs a model with a chat template, and no --raw")
+            messages = _messages(system, prompt)
+            pieces = session.chat(messages, params) if chat else session.stream(prompt, params)
+            _answer(session, pieces, as_json)
+
+
+def _answer(session: Session, pieces: Iterator[str], as_json: bool) -> None:
+    for piece in pieces:
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        click.echo(json.dumps(_document(session.last), ensure_ascii=False))
+    else:
+        click.echo()
+        click.echo(_stats(session.last), err=True)
+
+
+def _document(done: Generation) -> dict[str, Any]:
+    return {
+        "text": done.text,
+        "tokens": done.tokens,
+        "finish_reason": done.finish_reason,
+        "timings": {
+            "prompt_tokens": done.prompt_tokens,
+            "cached_tokens": done.cached_tokens,
+            "prompt_ms": round(done.prompt_ms, 3),
+            "prefill_tok_s": round(done.prefill_tok_s, 2),
+            "decode_tokens": done.decode_tokens,
+            "decode_ms": round(done.decode_ms, 3),
+            "decode_tok_s": round(done.decode_tok_s, 2),
+            "drafted_tokens": done.drafted_tokens,
+            "accepted_tokens": done.accepted_tokens,
+        },
+        "logprobs": [
+            {
+                "token": entry.token,
+                "logprob": entry.logprob,
+                "top": [list(pair) for pair in entry.top],
+            }
+            for entry in done.logprobs
+        ],
+    }
+
+
+def _stats(done: Generation) -> str:
+    cached = f" ({done.cached_tokens} cached)" if done.cached_tokens else ""
+    return (
+        f"prefill {done.prompt_tokens} tokens{cached}, {done.prefill_tok_s:.1f} tok/s; "
+        f"decode {done.decode_tokens} tokens, {done.decode_tok_s:.1f} tok/s; "
+        f"ended by {done.finish_reason}"
+    )
+
+
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def _chat(session: Session, params: GenerateParams, system: str | None) -> None:
+    """Questions and answers until the user leaves; Ctrl-C only stops the answer at hand."""
+    import readline  # noqa: F401 (gives input() its history and editing)
+
+    messages = _messages(system, "")[:-1]
+    click.echo(_HELP, err=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            continue
+        word, _, rest = line.partition(" ")
+        if not line:
+            continue
+        if word == "/exit":
+            return
+        if word == "/help":
+            click.echo(_HELP, err=True)
+        elif word == "/reset":
+            messages = [m for m in messages if m["role"] == "system"]
+            session.reset()
+        elif word == "/system":
+            messages = _messages(rest, "")[:-1]
+            session.reset()
+        elif word.startswith("/"):
+            click.echo(f"unknown command {word}. {_HELP}", err=True)
+        else:
+            messages.append({"role": "user", "content": line})
+            messages.append({"role": "assistant", "content": _turn(session, messages, params)})
+
+
+def _turn(session: Session, messages: list[dict[str, str]], params: GenerateParams) -> str:
+    """Print one answer as it comes, and return as much of it as there was."""
+    shown = ""
+    pieces = session.chat(messages, params)
+    try:
+        for piece in pieces:
+            shown += piece
+            click.echo(piece, nl=False)
+        click.echo()
+        click.echo(f"[{session.last.decode_tok_s:.1f} tok/s]", err=True)
+    except KeyboardInterrupt:
+        click.echo("\n[stopped]", err=True)
+    return shown
+
+
+def _generate_params(options: dict[str, Any], *, endless: bool) -> GenerateParams:
+    """Takes the options of a generation out of ``options``."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
+    fields = {name: options.pop(name) for name in (*names, "stop", "logprobs", "speculate")}
+    schema, grammar = options.pop("json_schema"), options.pop("grammar")
+    if schema is not None:
+        fields["json_schema"] = _schema(schema)
+    if grammar is not None:
+        fields["grammar"] = _text(grammar)
+    return GenerateParams(**fields, endless=endless)
+
+
+def _schema(given: str) -> Any:
+    """A JSON schema from its text, or from a file."""
+    text = given if given.lstrip().startswith("{") else _text(Path(given))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError("--json-schema is not JSON") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def _load_fields(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "n_ctx": options["n_ctx"],
+        "n_threads": options["threads"],
+        "n_gpu_layers": options["n_gpu_layers"],
+        "kv_type": options["kv_type"],
+        "adapters": tuple(map(_adapter, options["lora"])),
+        "prompt_cache": options["prompt_cache"],
+    }
+
+
+def _adapter(given: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE:SCALE``; a file's own name may hold a colon."""
+    file, colon, scale = given.rpartition(":")
+    if not colon or Path(given).exists():
+        return Path(given), 1.0
+    try:
+        return Path(file), float(scale)
+    except ValueError:
+        raise UsageError(f"--lora {given}: the scale is no number") from None

@@ -1,0 +1,97 @@
+"""Keeps the last prompt's KV cells in a file, so that a later run need not read it again.
+
+Must never hand bytes to the engine that this user's own edgekit did not write: the engine trusts a
+state blindly. So a file carries a keyed hash; what does not fit it is ignored and written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from edgekit import _fs, llama_library
+from edgekit.errors import UsageError
+from edgekit.runtime import LoadParams
+from edgekit.runtimes.llama_engine import Logits
+
+_MAGIC = b"edgekit prompt 1"
+_HEAD = struct.Struct("<16s32s32sII")  # magic, keyed hash, identity, tokens, logits
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 14
+_MAX_BYTES = 8 << 30
+
+
+class PromptCache:
+    """One cache file for one model with one set of load parameters."""
+
+    def __init__(self, file: Path, model: Path, params: LoadParams) -> None:
+        if file.is_dir():
+            raise UsageError(f"the prompt cache {file} is a folder")
+        self._file = file
+        self._identity = _identity(model, params)
+
+    def load(self, n_vocab: int) -> tuple[list[int], Logits, bytes] | None:
+        """Tokens, logits of their end, engine state; None for no, a foreign or a spoilt file."""
+        try:
+            if self._file.stat().st_size > _MAX_BYTES:
+                return None
+            raw = self._file.read_bytes()
+        except OSError:
+            return None
+        if len(raw) < _HEAD.size:
+            return None
+        magic, claimed, identity, n_tokens, n_logits = _HEAD.unpack_from(raw)
+        if magic != _MAGIC or identity != self._identity or n_logits != n_vocab:
+            return None
+        if not hmac.compare_digest(claimed, _keyed(raw[48:])):
+            return None
+        tokens = np.frombuffer(raw, np.int32, n_tokens, _HEAD.size)
+        logits = np.frombuffer(raw, np.float32, n_logits, _HEAD.size + 4 * n_tokens)
+        return tokens.tolist(), logits.copy(), raw[_HEAD.size + 4 * (n_tokens + n_logits) :]
+
+    def save(self, tokens: list[int], logits: Logits, state: bytes) -> None:
+        """Replace the file, whole or not at all. Raises OutOfSpaceError, ExportError."""
+        body = b"".join(
+            [
+                _HEAD.pack(b"", b"", self._identity, len(tokens), len(logits))[48:],
+                np.array(tokens, np.int32).tobytes(),
+                logits.astype(np.float32).tobytes(),
+                state,
+            ]
+        )
+        _fs.write_atomic(self._file, _MAGIC + _keyed(body) + body)
+
+
+def _keyed(body: bytes) -> bytes:
+    """HMAC-SHA256 under a key that only this user can read."""
+    file = _fs.home("state") / "prompt-cache.key"
+    if not file.exists():
+        _fs.write_atomic(file, secrets.token_bytes(32))
+        file.chmod(0o600)
+    return hmac.digest(file.read_bytes(), body, "sha256")
+
+
+def _identity(model: Path, params: LoadParams) -> bytes:
+    """A hash over whatever changes a KV cell: files, cache type, attention, engine."""
+    digest = hashlib.sha256(llama_library.version().encode())
+    digest.update((llama_library.backend_file() or "").encode())
+    digest.update(f"{params.kv_type} {params.flash_attention} {params.n_batch}".encode())
+    for file, scale in [(model, 1.0), *params.adapters]:
+        digest.update(struct.pack("<d", scale))
+        _sample(file, digest)
+    return digest.digest()
+
+
+def _sample(file: Path, digest: hashlib._Hash) -> None:
+    """The size and evenly spread pieces of a file: other weights show in any of them."""
+    size = file.stat().st_size
+    digest.update(struct.pack("<Q", size))
+    with file.open("rb") as source:
+        for i in range(_SAMPLES):
+            source.seek(i * size // _SAMPLES)
+            digest.update(source.read(_SAMPLE_BYTES))
