@@ -55,6 +55,17 @@ class Layout:
         self.layers = self.integer("block_count")
         self.heads = self.integer("attention.head_count")
         self.width = self.integer("embedding_length")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Changes cut rows into heads, so what the metadata says must be what the tensors are."""
+        if self.head_dim % 2:
+            raise UnsupportedModelError(f"heads of {self.head_dim} values")
+        rows = {"attn_q.weight": self.heads, "attn_k.weight": self.kv_heads}
+        for tensor in self.header.tensors:
+            heads = rows.get(tensor.name.partition(".")[2].partition(".")[2])
+            if heads and tensor.shape != (self.width, heads * self.head_dim):
+                raise SourceError(f"{shown(tensor.name)} does not have {heads} heads")
 
     def value(self, key: str, default: Any = None) -> Any:
         """The metadata value of ``<architecture>.<key>``; SourceError without it or a default."""
@@ -110,7 +121,8 @@ class Layout:
         if name in self.spoken:
             return None
         stem, _, suffix = name.rpartition(".")
-        if match := _BLOCK.fullmatch(stem):
+        match = _BLOCK.fullmatch(stem)
+        if match and int(match[1]) < self.layers:
             found = self.block.get(match[2])
             prefix = f"{self.block['']}.{match[1]}."
         else:
