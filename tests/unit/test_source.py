@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
         "import edgekit.source; edgekit.source('m')",
         "from edgekit.source import ModelSource, source; source('m')",
         "from edgekit import source; source('m'); import edgekit.source; edgekit.source('m')",
-        "import edgekit.source as s; s.source('m'); s('m')",
+        "import edgekit.source as source; source('m')",
         "from edgekit import source; import edgekit as ek; ek.ModelSource; ek.source('m')",
     ],
 )
