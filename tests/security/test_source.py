@@ -271,3 +271,24 @@ def test_a_huge_config_is_refused_unread(folder: Path, sentinel: Path) -> None:
     with (folder / "config.json").open("wb") as file:
         file.truncate(1 << 40)
     _refused(folder, sentinel)
+
+
+@pytest.mark.parametrize("place", [PICKLES["pytorch_model.bin"], PICKLES["renamed to gguf"]])
+def test_the_command_ends_with_exit_code_4(
+    cli: Callable[..., Any], folder: Path, sentinel: Path, place: Place
+) -> None:
+    ran = cli("export", place(folder, sentinel), "--out", "out")
+    assert ran.code == 4
+    assert ran.stdout == "" and "pickle" in ran.stderr and "Traceback" not in ran.stderr
+    assert not sentinel.exists() and not (folder.parent / "out").exists()
+
+
+def test_a_config_trick_ends_the_command_with_exit_code_4(
+    cli: Callable[..., Any], folder: Path, sentinel: Path
+) -> None:
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    config = {"model_type": "llama", "_attn_implementation_internal": "evil/kernel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = cli("export", folder, "--out", "out")
+    assert ran.code == 4 and "hint:" in ran.stderr
+    assert not (folder.parent / "out").exists()
