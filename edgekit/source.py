@@ -79,7 +79,7 @@ def source(
     ``on_progress`` hears the download.
 
     Raises SourceError and its kin (exit code 4), ArtifactError for a broken artifact,
-    MissingExtraError when the package of a built-in model or of the hub is not installed.
+    MissingExtraError when the package that talks to the hub is not installed.
     """
     name = str(spec)
     if revision is not None and (name in BUILT_IN or Path(spec).exists()):

