@@ -55,9 +55,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer a prompt, or chat, with an artifact.
+    """Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).
 
-    ARTIFACT is an artifact's folder or a GGUF file. A PROMPT of `-`, or none when stdin is no terminal, is read from stdin. Without a prompt on a
+    A PROMPT of `-`, or none when stdin is no terminal, is read from stdin. Without a prompt on a
     terminal this is a chat. The answer goes to stdout, everything else to stderr.
     """
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
