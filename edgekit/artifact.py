@@ -35,7 +35,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class ArtifactFile:
-    """One file of an artifact. ``role`` is "model" (what a runtime loads), "adapter" or "imatrix"."""
+    """A file of an artifact. ``role`` is "model" (what a runtime loads), "adapter" or "imatrix"."""
 
     role: str
     path: str
