@@ -33,8 +33,10 @@ class GenerateParams:
     """How to generate. The defaults are greedy (temperature 0): the same answer every time.
 
     ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repeat_penalty`` 1 each mean "off". ``logprobs`` is
-    the number of alternatives to report per token (0: none). At most one of ``json_schema`` (a JSON
-    schema as a dict) and ``grammar`` (GBNF text) may be given. ``seed`` None draws a fresh one.
+    the number of alternatives to report per token (0: none). ``seed`` None draws a fresh one.
+    At most one of ``json_schema`` (a JSON schema as a dict) and ``grammar`` (GBNF text) may be
+    given. A grammar is a program, and the engine may run for ever over a hostile one: take schemas
+    from strangers, but grammars only from yourself.
     ``speculate`` drafts tokens by looking up repeated text; it serves greedy answers, never changes
     them, and is idle where it does not pay. ``endless`` goes on when the context is full: the first
     ``n_keep`` tokens stay (attention sinks, https://arxiv.org/abs/2309.17453; in a chat the system

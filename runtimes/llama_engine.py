@@ -64,8 +64,7 @@ class Engine:
         self._closed = False
         try:
             self._model = self._load_model(path, header, params)
-            self.vocabulary = llama.llama_model_get_vocab(self._model)
-            self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocabulary)
+            self._read_vocabulary(llama.llama_model_get_vocab(self._model))
             self.n_ctx = self._choose_n_ctx(params.n_ctx)
             self.n_batch = min(params.n_batch, self.n_ctx)
             self._context = self._make_context(params, threads)
@@ -76,9 +75,22 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self.adds_bos: bool = llama.llama_vocab_get_add_bos(self.vocabulary)
-        self.bos: int = llama.llama_vocab_bos(self.vocabulary)
-        self.eos: int = llama.llama_vocab_eos(self.vocabulary)
+
+    @classmethod
+    def of_vocabulary(cls, vocabulary: Any) -> Engine:
+        """An engine that can only turn text into tokens and back; nothing of it needs closing."""
+        engine = cls.__new__(cls)
+        engine._llama = llama_library.library()
+        engine._read_vocabulary(vocabulary)
+        return engine
+
+    def _read_vocabulary(self, vocabulary: Any) -> None:
+        llama = self._llama
+        self.vocabulary = vocabulary
+        self.n_vocab: int = llama.llama_vocab_n_tokens(vocabulary)
+        self.adds_bos: bool = llama.llama_vocab_get_add_bos(vocabulary)
+        self.bos: int = llama.llama_vocab_bos(vocabulary)
+        self.eos: int = llama.llama_vocab_eos(vocabulary)
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
 
