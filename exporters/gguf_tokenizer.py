@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgekit.errors import SourceError
+from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.exporters import tokenizer_bpe, tokenizer_spm
 from edgekit.exporters.arch.family import Family
 from edgekit.exporters.tokenizer_files import TokenizerFiles
 from edgekit.exporters.tokenizer_types import Vocabulary
-from edgekit.formats import sentencepiece
+from edgekit.formats import gguf_vocab, sentencepiece
+from edgekit.formats.foreign import Malformed
+from edgekit.model_folder import as_source
 from edgekit.source import ModelSource
 
 _MODEL_NAME = "tokenizer.model"
@@ -35,6 +37,7 @@ def add(writer: Any, source: ModelSource, family: Family) -> None:
     """
     files = TokenizerFiles(source)
     vocabulary = _vocabulary(files, source, family.vocab_size)
+    _check_usable(vocabulary)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(family.pre_names.get(vocabulary.pre, vocabulary.pre))
     writer.add_token_list(vocabulary.tokens)
@@ -56,6 +59,15 @@ def add(writer: Any, source: ModelSource, family: Family) -> None:
     _add_templates(writer, files.chat_templates())
 
 
+def _check_usable(vocabulary: Vocabulary) -> None:
+    """Refuse now what our own reader would refuse in the finished file."""
+    texts = {"tokenizer.ggml.model": vocabulary.model, "tokenizer.ggml.tokens": vocabulary.tokens}
+    try:
+        gguf_vocab.check(texts, {})
+    except Malformed as error:
+        raise UnsupportedModelError(f"the tokenizer {error}") from None
+
+
 def _add_templates(writer: Any, templates: dict[str, str]) -> None:
     """Not by the writer's own call: it lists the names in the order of a set, new in every run."""
     others = {
@@ -73,7 +85,9 @@ def _add_templates(writer: Any, templates: dict[str, str]) -> None:
 
 def _vocabulary(files: TokenizerFiles, source: ModelSource, vocab_size: int) -> Vocabulary:
     if files.has(_MODEL_NAME):
-        model = sentencepiece.read(source.file_path(_MODEL_NAME))
+        path = source.file_path(_MODEL_NAME)
+        with as_source(path):
+            model = sentencepiece.read(path)
         return tokenizer_spm.from_model(model, files, vocab_size)
     if not files.json:
         raise SourceError(

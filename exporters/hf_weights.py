@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from edgekit.errors import ExportError, SourceError, UnsupportedModelError
 from edgekit.formats import safetensors
+from edgekit.model_folder import as_source
 from edgekit.source import ModelSource
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 # Bits as numpy holds them; numpy has no bfloat16, so those stay raw until they are widened.
 _STORED: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -59,7 +60,8 @@ def find(source: ModelSource) -> dict[str, Weight]:
     """
     shard_of: dict[str, str] = {}
     if INDEX_NAME in source.files:
-        shard_of = safetensors.read_index(source.file_path(INDEX_NAME))
+        with as_source(source.file_path(INDEX_NAME)):
+            shard_of = safetensors.read_index(source.file_path(INDEX_NAME))
         names = sorted(set(shard_of.values()))
     elif SINGLE_NAME in source.files:
         names = [SINGLE_NAME]
@@ -73,7 +75,9 @@ def find(source: ModelSource) -> dict[str, Weight]:
         if file_name not in source.files:
             raise SourceError(f"{INDEX_NAME} names '{file_name}', which is not in {source.path}")
         path = source.file_path(file_name)
-        for tensor in safetensors.read(path).tensors.values():
+        with as_source(path):
+            tensors = safetensors.read(path).tensors
+        for tensor in tensors.values():
             if shard_of and shard_of.get(tensor.name) != file_name:
                 raise SourceError(f"{INDEX_NAME} does not say that {file_name} has '{tensor.name}'")
             if tensor.dtype not in _STORED or not tensor.shape:
@@ -91,7 +95,7 @@ def find(source: ModelSource) -> dict[str, Weight]:
 
 
 def blocks(weight: Weight, rows_together: int = 1) -> Iterator[NDArray[Any]]:
-    """The tensor in order, in blocks of about 16 MiB of whole rows, with the bits it has on disk.
+    """The tensor in order, in blocks of about 4 MiB of whole rows, with the bits it has on disk.
 
     Every block holds a multiple of ``rows_together`` rows (0: the whole tensor in one block); the
     memory of a block is used again for the next.

@@ -106,6 +106,8 @@ class TokenizerFiles:
         """The added tokens of tokenizer.json, or else of the files that older models have."""
         if self.json:
             entries = self.json.get("added_tokens") or []
+            if not isinstance(entries, list):
+                raise SourceError("tokenizer.json: added_tokens must be a list")
         else:
             older = _part(self.config, "added_tokens_decoder")
             entries = [{"id": _whole(key), **_mapping(value)} for key, value in older.items()]

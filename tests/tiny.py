@@ -27,8 +27,8 @@ QWEN_2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_BYTES = {**_WORDS, "use_regex": False}
+WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTES = {**WORDS, "use_regex": False}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _PADDING = re.compile(r"\[PAD\d+\]")
 
@@ -123,8 +123,8 @@ def byte_level(
         "pre_tokenizer": steps[0]
         if len(steps) == 1
         else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": post or {**_WORDS},
-        "decoder": {**_WORDS},
+        "post_processor": post or {**WORDS},
+        "decoder": {**WORDS},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -140,7 +140,8 @@ def byte_level(
     }
 
 
-def _isolated(pattern: str) -> dict[str, Any]:
+def isolated(pattern: str) -> dict[str, Any]:
+    """The step that cuts a text into the matches of ``pattern`` and what lies between."""
     return {
         "type": "Split",
         "pattern": {"Regex": pattern},
@@ -224,7 +225,8 @@ def byte_fallback(
     }
 
 
-def _write(folder: Path, name: str, value: Any) -> None:
+def write_json(folder: Path, name: str, value: Any) -> None:
+    """One JSON file of a folder."""
     (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
@@ -236,7 +238,7 @@ def _llama_2(folder: Path, *, model_file: bool) -> int:
     vocab = vocab_file("llama-spm")
     pieces = list(zip(vocab.tokens, vocab.scores or [], vocab.types, strict=True))
     added = [_added(i, text, special=True) for i, text in enumerate(("<unk>", "<s>", "</s>"))]
-    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
+    write_json(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
     if model_file:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocab))
     config = {
@@ -249,7 +251,7 @@ def _llama_2(folder: Path, *, model_file: bool) -> int:
         "chat_template": _TEMPLATE,
         "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
     }
-    _write(folder, "tokenizer_config.json", config)
+    write_json(folder, "tokenizer_config.json", config)
     return len(pieces)
 
 
@@ -258,17 +260,17 @@ def _llama_3(folder: Path) -> int:
     bos = "<|begin_of_text|>"
     post = {
         "type": "Sequence",
-        "processors": [{**_WORDS}, _around(bos, vocab.tokens.index(bos))],
+        "processors": [{**WORDS}, _around(bos, vocab.tokens.index(bos))],
     }
-    steps = [_isolated(LLAMA_3_SPLIT), _BYTES]
-    _write(folder, "tokenizer.json", byte_level(vocab, steps, ignore_merges=True, post=post))
+    steps = [isolated(LLAMA_3_SPLIT), BYTES]
+    write_json(folder, "tokenizer.json", byte_level(vocab, steps, ignore_merges=True, post=post))
     _fast_config(folder, bos_token=bos, eos_token="<|end_of_text|>")
     (folder / "chat_template.jinja").write_text(_TEMPLATE)
     return len(vocab.tokens)
 
 
 def _fast_config(folder: Path, **tokens: str) -> None:
-    _write(
+    write_json(
         folder,
         "tokenizer_config.json",
         {
@@ -281,15 +283,15 @@ def _fast_config(folder: Path, **tokens: str) -> None:
 
 def _qwen_2(folder: Path) -> int:
     vocab = vocab_file("qwen2")
-    steps = [_isolated(QWEN_2_SPLIT), _BYTES]
-    _write(folder, "tokenizer.json", byte_level(vocab, steps, normalizer={"type": "NFC"}))
+    steps = [isolated(QWEN_2_SPLIT), BYTES]
+    write_json(folder, "tokenizer.json", byte_level(vocab, steps, normalizer={"type": "NFC"}))
     _fast_config(folder, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     return len(vocab.tokens)
 
 
 def _gpt_2(folder: Path) -> int:
     vocab = vocab_file("gpt-2")
-    _write(folder, "tokenizer.json", byte_level(vocab, [_WORDS]))
+    write_json(folder, "tokenizer.json", byte_level(vocab, [WORDS]))
     _fast_config(folder, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     return len(vocab.tokens)
 
@@ -299,7 +301,7 @@ def _phi_2(folder: Path) -> int:
     vocab = vocab_file("gpt-2")
     blanks = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
     more = [(text, False) for text in blanks]
-    _write(folder, "tokenizer.json", byte_level(vocab, [_WORDS], more=more))
+    write_json(folder, "tokenizer.json", byte_level(vocab, [WORDS], more=more))
     _fast_config(folder, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     return 51200
 
@@ -315,7 +317,7 @@ def _phi_3(folder: Path) -> int:
         for i, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED) and not _PADDING.fullmatch(text)
     ]
-    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
+    write_json(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=True, bos="<s>"))
     config = {
         "tokenizer_class": "LlamaTokenizerFast",
         "bos_token": "<s>",
@@ -327,7 +329,7 @@ def _phi_3(folder: Path) -> int:
         "chat_template": _TEMPLATE,
         "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
     }
-    _write(folder, "tokenizer_config.json", config)
+    write_json(folder, "tokenizer_config.json", config)
     return len(vocab.tokens)
 
 
@@ -379,7 +381,7 @@ def _gemma_3(folder: Path) -> int:
         pieces.append((piece, model.get_score(index), kind))
         if kind in (_CONTROL, _USER_DEFINED):
             added.append(_added(index, piece, special=control))
-    _write(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=False, bos="<bos>"))
+    write_json(folder, "tokenizer.json", byte_fallback(pieces, added, prefix=False, bos="<bos>"))
     config = {
         "tokenizer_class": "GemmaTokenizerFast",
         "bos_token": "<bos>",
@@ -390,7 +392,7 @@ def _gemma_3(folder: Path) -> int:
         "add_eos_token": False,
         "added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, added)},
     }
-    _write(folder, "tokenizer_config.json", config)
+    write_json(folder, "tokenizer_config.json", config)
     return size + 64
 
 

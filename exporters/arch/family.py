@@ -19,6 +19,8 @@ from edgekit.exporters.arch.config import Config
 
 Value = bool | int | float | str
 Array = NDArray[np.float32]
+MAX_LAYERS = 512
+_MAX_HEAD_DIM = 8192
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Family:
         """Raises SourceError for bad values, UnsupportedModelError for what GGUF cannot express."""
         self.config = Config(config, self.defaults)
         self.layers = self.config.integer(self.layers_key)
+        if self.layers > MAX_LAYERS:
+            raise UnsupportedModelError(f"llama.cpp has no more than {MAX_LAYERS} layers")
         self.config.expect("quantization_config")
         self.config.expect("is_decoder", True, False)
         self.config.expect("add_cross_attention", False)
@@ -91,7 +95,10 @@ class Family:
     def head_dim(self) -> int:
         """Values in one head."""
         if self.config.get("head_dim") is not None:
-            return self.config.integer("head_dim")
+            stated = self.config.integer("head_dim")
+            if stated % 2 or stated > _MAX_HEAD_DIM:
+                raise SourceError(f"config.json: head_dim {stated} is odd or absurdly large")
+            return stated
         width = self.config.integer("hidden_size")
         if width % self.heads:
             raise SourceError(

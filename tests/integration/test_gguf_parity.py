@@ -14,6 +14,7 @@ import tiny
 
 from edgekit.exporters import hf_to_gguf
 from edgekit.exporters.arch.llama import Llama
+from edgekit.exporters.to_hf import convert
 from edgekit.source import source
 
 TRICKY = [
@@ -59,6 +60,28 @@ def test_logits_equal_transformers(
     expected = reference_logits(tiny_model(name), ids)
     with llama_eval.opened(tiny_gguf(name)) as engine:
         found = engine.logits(ids)
+    assert np.abs(found - expected).max() <= 1e-2
+    assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_smollm2_answers_as_transformers_does(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """The real model, from the folder that ``edgekit convert`` makes of it."""
+    import transformers
+
+    folder, out = tmp_path / "folder", tmp_path / "smollm2.gguf"
+    convert(smollm2_gguf, folder)
+    hf_to_gguf.write(source(folder), out, "F32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(" ".join(TRICKY[3:8]))["input_ids"][:64]
+    assert len(ids) == 64
+    expected = reference_logits(folder, ids)
+    with llama_eval.opened(out) as engine:
+        found = engine.logits(ids)
+        for text in TRICKY:
+            assert (
+                engine.ids(text, add_special=True, parse_special=True)
+                == (tokenizer(text)["input_ids"])
+            ), text
     assert np.abs(found - expected).max() <= 1e-2
     assert (found.argmax(1) == expected.argmax(1)).all()
 
