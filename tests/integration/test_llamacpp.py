@@ -58,6 +58,18 @@ def test_a_file_that_the_engine_refuses_is_a_load_error_with_the_reason(
         edgekit.load(broken, n_threads=1)
 
 
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """Give the test all cores: conftest pins parallel workers to one, where nothing is measured."""
+    if os.cpu_count() == 1:
+        pytest.skip("one core leaves no count to choose")
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    yield
+    os.sched_setaffinity(0, pinned)
+
+
+@pytest.mark.usefixtures("every_core")
 def test_threads_are_measured_once_and_remembered(
     smollm2_gguf: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +84,7 @@ def test_threads_are_measured_once_and_remembered(
     edgekit.load(smollm2_gguf, n_ctx=256).close()
 
 
+@pytest.mark.usefixtures("every_core")
 def test_a_busy_machine_is_measured_but_not_remembered(
     smollm2_gguf: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
