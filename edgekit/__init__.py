@@ -1,4 +1,4 @@
-"""edgekit: from a trained model to a measured deployment on a small device, with a receipt.
+"""edgekit: from a trained model to a small, verified file that runs fast on a small device.
 
 The public names, loaded when first used. Importing this package imports no engine and no numpy.
 """

@@ -51,7 +51,7 @@ class _Verbs(click.Group):
 @click.option("-v", "--verbose", count=True, help="Log to stderr; -vv logs the engine's words too.")
 @click.version_option(__version__, prog_name="edgekit")
 def cli(verbose: int) -> None:
-    """From a trained model to a measured deployment on a small device, with a receipt."""
+    """From a trained model to a small, verified file that runs fast on your device."""
     level = {0: logging.ERROR, 1: logging.INFO}.get(verbose, logging.DEBUG)
     logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s", force=True)
 

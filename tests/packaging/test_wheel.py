@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import edgekit
 from edgekit.errors import DISTRIBUTION, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,18 @@ def test_the_wheel_holds_every_file_of_the_four_folders(wheel: Path) -> None:
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_version_stands_in_the_source_alone(wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == edgekit.__version__
+    assert metadata.version(DISTRIBUTION) == edgekit.__version__
+
+
+def test_the_wheel_that_scripts_build_makes_is_the_one_that_the_extra_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    built = re.search(r"^version=(.+)$", (ROOT / "scripts/build").read_text(), re.MULTILINE)
+    assert built is not None
+    assert f"llama-cpp-python=={built[1]}" in project["optional-dependencies"]["llama"]
 
 
 def test_the_base_install_pulls_only_click_and_yaml() -> None:
