@@ -21,7 +21,7 @@ _FLOORS = """
 2  source recipe artifact device target exporter runtime report receipt llama_library machine
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor
-5  cli
+5  cli __main__
 """
 FLOORS = {
     room: int(floor)

@@ -1,4 +1,4 @@
-"""The docs name only what exists: files, verbs and options."""
+"""The docs name only what exists, and all that a user must know: files, verbs, variables, codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from edgekit import errors
 from edgekit.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,10 +16,19 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+def _anchors(page: Path) -> set[str]:
+    """The names that a page's headings get on the web: small letters, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pages
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        assert not anchor or anchor in _anchors(other), target
 
 
 @pages
@@ -40,3 +50,26 @@ def test_every_command_line_is_one_that_edgekit_takes(page: Path) -> None:
         known = {option for parameter in command.params for option in parameter.opts}
         used = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert used <= known | {"--help"}, line
+
+
+def test_every_variable_that_is_read_is_explained() -> None:
+    sources = [*(ROOT / "scripts").iterdir()]
+    for folder in ("edgekit", "exporters", "runtimes", "devices"):
+        sources += (ROOT / folder).rglob("*.py")
+    read = {
+        name
+        for source in sources
+        for name in re.findall(r"\b(?:EDGEKIT|HF)_[A-Z_]+\b", source.read_text())
+    }
+    text = "".join(page.read_text() for page in PAGES)
+    assert "EDGEKIT_HOME" in read
+    assert {name for name in read if f"`{name}" not in text} == set()
+
+
+def test_every_exit_code_is_explained() -> None:
+    table = (ROOT / "docs/quickstart.md").read_text().partition("## Exit codes")[2]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, flags=re.MULTILINE)
+    explained = {int(code) for row in rows for code in row.split(",")}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    raised = {kind.exit_code for kind in classes if issubclass(kind, errors.EdgekitError)}
+    assert explained == {0, 130, 143} | raised
