@@ -55,7 +55,7 @@ def contained(root: Path, name: str) -> Path:
     path = root
     for part in pure.parts:
         path = path / part
-        if path.is_symlink():
+        if os.path.islink(path):
             raise UnsafePathError(f"{name!r} passes through a symbolic link")
     return path
 
@@ -82,9 +82,9 @@ def _fsync_tree(root: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees the old bytes or the new ones, never a mixture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
                 file.write(data)
@@ -117,17 +117,16 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OutOfSpaceError(
                 f"the disk filled up while writing {path}", hint="free some space and run it again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise ExportError(
-                f"cannot write {path}: {error.strerror}", hint="choose another --out"
-            ) from error
-        raise
+        where = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+        raise ExportError(
+            f"cannot write {path}: {error.strerror}{where}", hint="choose another place"
+        ) from error
 
 
 def free_bytes(path: Path) -> int:
     """Bytes an ordinary user can still write on the disk that holds (or will hold) ``path``."""
-    existing = path.absolute()
-    while not existing.exists():
+    existing = path.absolute()  # os.path, for pathlib raises where a folder may not be looked into
+    while not os.path.exists(existing):
         existing = existing.parent
     stats = os.statvfs(existing)
     return stats.f_bavail * stats.f_frsize
@@ -188,12 +187,14 @@ def staged(out: Path, *, owns: Callable[[Path], bool]) -> Iterator[Path]:
     existing ``out`` is ours to replace, else UsageError: nobody's folder is ever overwritten.
     """
     out = out.absolute()
+    if not out.name:
+        raise UsageError(f"{out} cannot be an output")
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _recover(out)
-            if out.is_symlink() or (out.exists() and not owns(out)):
+            if os.path.islink(out) or (os.path.exists(out) and not owns(out)):
                 raise UsageError(
                     f"{out} exists and was not made by edgekit",
                     hint="choose another --out, or move it away",

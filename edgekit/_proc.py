@@ -26,14 +26,21 @@ from edgekit.errors import DeadlineError, EdgekitError, EngineCrashedError
 _LIBC = ctypes.CDLL(None)
 
 
+# -P: never import from the current folder, which may be a stranger's model repository.
+_PYTHON = (sys.executable, "-P", "-c")
 _PR_SET_PDEATHSIG = 1
 _report_pipe: BinaryIO | None = None
 
 
-def _prepare(memory_bytes: int | None) -> None:
-    """In the child, before exec: a group of its own, limits, and death when the parent dies."""
+def _own_group() -> None:
+    """In the child, before exec: a process group of its own, and no core dumps."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _prepare(memory_bytes: int | None) -> None:
+    """In the child, before exec: a group of its own, limits, and death when its caller dies."""
+    _own_group()
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     if sys.platform == "linux":
@@ -44,7 +51,8 @@ def call(
     function: str,
     arguments: dict[str, Any],
     *,
-    timeout_s: float | None,
+    timeout_s: float | None = None,
+    silence_s: float | None = None,
     memory_bytes: int | None = None,
     what: str,
     on_report: Callable[[Any], None] | None = None,
@@ -53,7 +61,8 @@ def call(
 
     Arguments and answer must be JSON. An EdgekitError raised there is raised here again with its
     class, message and hint. A death by signal or a foreign exception becomes EngineCrashedError, a
-    run longer than ``timeout_s`` seconds becomes DeadlineError; ``what`` names the work in both.
+    run longer than ``timeout_s`` seconds, or ``silence_s`` seconds without a report, becomes
+    DeadlineError; ``what`` names the work in both.
     ``memory_bytes`` bounds the child's address space. ``on_report`` hears what the child says
     through ``report`` while it works. The child never outlives this process.
     """
@@ -61,7 +70,7 @@ def call(
     code = _python("edgekit._proc:_answer")
     request = {"function": function, "arguments": arguments, "fd": write_end}
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [*_PYTHON, code],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -70,6 +79,7 @@ def call(
     )
     os.close(write_end)
     answer: dict[str, Any] | None = None
+    limit_s = timeout_s if silence_s is None else silence_s
     try:
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             assert process.stdin is not None
@@ -78,7 +88,7 @@ def call(
                 process.stdin.close()
             except BrokenPipeError:
                 pass  # it died at once: its exit code tells below
-            for line in _lines(pipe, timeout_s):
+            for line in _lines(pipe, limit_s, each=silence_s is not None):
                 message = json.loads(line)
                 if "report" not in message:
                     answer = message
@@ -87,7 +97,8 @@ def call(
         if answer is None:
             process.wait()
     except TimeoutError:
-        raise DeadlineError(f"{what} took longer than {timeout_s:g} s and was stopped") from None
+        how = "took longer than" if silence_s is None else "gave no sign of life for"
+        raise DeadlineError(f"{what} {how} {limit_s:g} s and was stopped") from None
     finally:
         kill(process)
     if answer is None:
@@ -114,19 +125,20 @@ def _python(function: str) -> str:
 class Worker:
     """A child that stays: it reads one JSON line after the other and answers each with one.
 
-    ``"module:function"`` runs there without arguments; its first line says that it is ready. The
-    child never outlives this process.
+    ``"module:function"`` runs there without arguments; its first line says that it is ready. It
+    must end when its stdin ends, for then this process is gone. (A death signal as in ``call``
+    would fire when the thread ends that started it, while other threads may still ask.)
     """
 
     def __init__(self, function: str, *, timeout_s: float, what: str) -> None:
         """Raises EngineCrashedError if the child is not ready within ``timeout_s`` seconds."""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _python(function)],
+            [*_PYTHON, _python(function)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            preexec_fn=lambda: _prepare(None),
+            preexec_fn=_own_group,
         )
         if self._line(timeout_s) is None:
             self.close()
@@ -161,17 +173,26 @@ class Worker:
                 pipe.close()
 
 
-def _lines(pipe: BinaryIO | io.FileIO | IO[bytes], timeout_s: float | None) -> Iterator[bytes]:
-    """Whole lines until the writer closes; TimeoutError once ``timeout_s`` seconds have passed."""
+def _lines(
+    pipe: BinaryIO | io.FileIO | IO[bytes], timeout_s: float | None, *, each: bool = False
+) -> Iterator[bytes]:
+    """Whole lines until the writer closes; TimeoutError once ``timeout_s`` seconds have passed.
+
+    With ``each`` the time starts anew whenever something was read.
+    """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     rest = b""
+    poll = select.poll()  # select() refuses descriptors above 1023
+    poll.register(pipe, select.POLLIN)
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([pipe], [], [], left)[0]:
+        if not poll.poll(None if left is None else left * 1e3):
             raise TimeoutError
         piece = pipe.read(1 << 16)
         if not piece:
             return
+        if each and timeout_s is not None:
+            deadline = time.monotonic() + timeout_s
         *lines, rest = (rest + piece).split(b"\n")
         yield from lines
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,11 +94,12 @@ class Manifest:
                 claimed == hashlib.sha256(_canonical(body)).hexdigest()
                 and _canonical(body | {"sha256": claimed}) == raw
             )
-        except ValueError:  # text that no UTF-8 can hold
+        except (ValueError, RecursionError):  # text that no UTF-8 can hold, or a bomb of brackets
             intact = False
         if not intact:
             raise ManifestError(f"{origin} was changed after edgekit wrote it")
         try:
+            _check_types(body)
             return cls(
                 format=body["format"],
                 recipe=Recipe.from_dict(body["recipe"]),
@@ -109,6 +111,20 @@ class Manifest:
             )
         except (TypeError, UsageError) as error:
             raise ManifestError(f"{origin}: {error}") from None
+
+
+_TYPES = {"format": str, "source": dict, "files": list, "details": dict, "receipt": dict}
+_SOURCE_KEYS = {"spec", "kind", "family", "revision", "quantized", "sha256"}
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    for key, kind in _TYPES.items():
+        if not isinstance(body[key], kind):
+            raise TypeError(f"{key} must be a {kind.__name__}")
+    if set(body["source"]) != _SOURCE_KEYS or not isinstance(body["source"]["spec"], str):
+        raise TypeError(f"source must have the keys {', '.join(sorted(_SOURCE_KEYS))}")
+    if not isinstance(body["receipt"].get("status"), str):
+        raise TypeError("receipt must have a status")
 
 
 def _artifact_file(body: dict[str, Any]) -> ArtifactFile:
@@ -126,7 +142,7 @@ def _canonical(body: dict[str, Any]) -> bytes:
 
 def is_artifact(path: Path) -> bool:
     """Whether ``path`` is a folder with a manifest: ours to open, or to replace."""
-    return path.is_dir() and (path / MANIFEST).is_file()
+    return os.path.isfile(path / MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -143,9 +159,11 @@ class Artifact:
         if folder.name == MANIFEST:
             folder = folder.parent
         try:
-            with (folder / MANIFEST).open("rb") as file:
-                raw = file.read(_MAX_MANIFEST_BYTES + 1)
-        except OSError:
+            # Without O_NONBLOCK a pipe of that name would wait for a writer for ever.
+            descriptor = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                raw = file.read(_MAX_MANIFEST_BYTES + 1) or b""
+        except (OSError, ValueError):
             raise ManifestError(
                 f"{folder} is not an artifact: it has no {MANIFEST}",
                 hint="edgekit export MODEL --out DIR makes one",
@@ -184,7 +202,7 @@ class Artifact:
         """A cheap check before every load: each file is there, regular, and of the right size."""
         for file in self.manifest.files:
             path = _fs.contained(self.path, file.path)
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise CorruptArtifactError(f"{path} is missing")
             if path.stat().st_size != file.size_bytes:
                 raise CorruptArtifactError(
@@ -200,11 +218,15 @@ class Artifact:
         known = {MANIFEST, *(file.path for file in self.manifest.files)}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            if not path.is_dir() and name not in known:
+            if (path.is_symlink() or not path.is_dir()) and name not in known:
                 raise CorruptArtifactError(f"{path} does not belong to the artifact")
         for file in self.manifest.files:
             path = _fs.contained(self.path, file.path)
-            if _fs.sha256_file(path, on_bytes) != file.sha256:
+            try:
+                found = _fs.sha256_file(path, on_bytes)
+            except OSError as error:
+                raise CorruptArtifactError(f"cannot read {path}: {error.strerror}") from None
+            if found != file.sha256:
                 raise CorruptArtifactError(
                     f"{path} differs from what was exported (SHA-256)", hint="export it again"
                 )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from edgekit import __version__, _fs
 from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest, is_artifact
-from edgekit.errors import RecipeError, UsageError
+from edgekit.errors import ParityError, RecipeError, UsageError
 from edgekit.recipe import Recipe
 from edgekit.registry import EXPORTERS
 from edgekit.source import ModelSource
@@ -131,13 +131,13 @@ def export(
     out: str | Path,
     revision: str | None = None,
     progress: Progress = no_progress,
-    expect: Recipe | None = None,
+    expect: Manifest | None = None,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
 
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
-    ``expect`` is the recipe of an earlier export that this one must repeat.
+    ``expect`` is the manifest of an earlier export that this one must repeat, byte for byte.
     Raises UsageError, SourceError, ExportError, OutOfSpaceError, MissingExtraError.
     """
     try:
@@ -146,9 +146,10 @@ def export(
         raise UsageError(f"export() {str(error).partition(') ')[2]}") from None
     out = Path(out)
     source, exporter, plan = _prepare(model, format, revision, chosen)
-    if expect is not None and plan.recipe != expect:
+    if expect is not None and plan.recipe != expect.recipe:
+        was, now = expect.recipe.to_dict(), plan.recipe.to_dict()
         raise RecipeError(
-            f"these options do not repeat the earlier export: {_difference(expect, plan.recipe)}",
+            f"these options do not repeat the earlier export: {_difference(was, now)}",
             hint="give the calibration text and the adapter that the earlier export used",
         )
     if _inside(source.path, out):
@@ -172,6 +173,12 @@ def export(
             details=product.details,
             versions=_versions(product.packages),
         )
+        if expect is not None and manifest.files != expect.files:
+            raise ParityError(
+                "the same recipe on the same source gave other bytes: "
+                + (_difference(_engine(expect), _engine(manifest)) or "no version differs"),
+                hint="repeat it with the versions, and on the kind of CPU, of the earlier export",
+            )
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return Artifact.open(out)
 
@@ -180,19 +187,23 @@ def repeat(
     manifest_of: str | Path,
     *,
     out: str | Path,
+    model: str | Path | None = None,
     progress: Progress = no_progress,
     calibration: str | Path | None = None,
     adapter: Path | None = None,
 ) -> Artifact:
     """Make an artifact again from its manifest: the same recipe on the same source.
 
-    The source is found where it was (or on the hub, at the pinned revision) and must have the same
-    hashes. A calibration text or an adapter that was a file must be given again.
-    Raises RecipeError or SourceError when it is not the same.
+    The source is ``model``, or found where it was (on the hub, at the pinned revision); it must
+    have the same hashes. A calibration text or an adapter that was a file must be given again.
+    Raises RecipeError or SourceError when it is not the same, ParityError when the bytes are not.
     """
     earlier = Artifact.open(manifest_of).manifest
     recipe = earlier.recipe
-    source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
+    if model is None:
+        source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
+    else:
+        source = resolve_source(str(model))
     if source.hashes() != earlier.source["sha256"]:
         raise RecipeError(f"{source.spec} is not the model that the manifest was made from")
     if calibration is None:
@@ -202,7 +213,7 @@ def repeat(
         earlier.format,
         out=out,
         progress=progress,
-        expect=recipe,
+        expect=earlier,
         type=recipe.type,
         calibration=calibration,
         chunks=recipe.calibration.chunks if recipe.calibration else None,
@@ -223,9 +234,18 @@ def _prepare(
     return source, exporter, exporter.plan(source, recipe)
 
 
-def _difference(earlier: Recipe, now: Recipe) -> str:
-    old, new = earlier.to_dict(), now.to_dict()
-    return ", ".join(f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key])
+def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = sorted(was.keys() | now.keys())
+    return ", ".join(
+        f"{key} was {was.get(key)}, is {now.get(key)}"
+        for key in keys
+        if was.get(key) != now.get(key)
+    )
+
+
+def _engine(manifest: Manifest) -> dict[str, Any]:
+    """What beside the recipe may change the bytes."""
+    return manifest.versions | {"imatrix": manifest.details.get("imatrix")}
 
 
 def _inside(folder: Path, out: Path) -> bool:

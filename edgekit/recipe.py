@@ -29,7 +29,7 @@ class Calibration:
 
     text: str
     sha256: str
-    chunks: int = 64
+    chunks: int
     chunk_tokens: int = 512
 
 

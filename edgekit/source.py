@@ -6,6 +6,7 @@ Pinned, hashed, and checked for anything that would run; it never loads a weight
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,7 +63,10 @@ class ModelSource:
 
         ``on_bytes`` hears how many bytes were read, for progress against ``size_bytes``.
         """
-        return {name: _fs.sha256_file(self.file_path(name), on_bytes) for name in self.files}
+        try:
+            return {name: _fs.sha256_file(self.file_path(name), on_bytes) for name in self.files}
+        except OSError as error:
+            raise SourceError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def source(
@@ -82,12 +86,12 @@ def source(
     MissingExtraError when the package that talks to the hub is not installed.
     """
     name = str(spec)
-    if revision is not None and (name in BUILT_IN or Path(spec).exists()):
+    if revision is not None and (name in BUILT_IN or os.path.exists(spec)):
         raise UsageError(f"{name} is on this disk: a revision means nothing for it")
     if name in BUILT_IN:
         return _from_gguf(name, _built_in(name))
-    path = Path(spec).expanduser()
-    if path.exists() or path.is_symlink():
+    path = Path(os.path.expanduser(spec))
+    if os.path.lexists(path):
         return _from_path(name, path)
     if isinstance(spec, str) and hub.check_repo_id(spec):
         snapshot = hub.fetch(spec, revision, on_progress=on_progress)
@@ -123,7 +127,7 @@ def _from_path(name: str, path: Path) -> ModelSource:
             )
         artifact.verify_sizes()
         return _from_gguf(name, artifact.model_path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(name, path)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(name, path)

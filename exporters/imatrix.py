@@ -22,14 +22,16 @@ from typing import Any
 
 from edgekit import _fs, _proc
 from edgekit.errors import ArtifactError, ExportError, LoadError, RecipeError, SourceError
+from edgekit.exporters.quantizer import SILENCE_S, memory_limit
 from edgekit.formats import gguf
-from edgekit.llama_library import library, recent_log
+from edgekit.llama_library import backend_file, library, recent_log
 from edgekit.recipe import Calibration
 
 BUILTIN = "builtin"
 DEFAULT_CHUNKS = 32
 _CHUNK_TOKENS = 512
 _MAX_TEXT_BYTES = 64 << 20
+_BACKEND_KEY = "edgekit.backend"
 _ALGORITHM = 1  # part of the cache key: raise it when the figures would change
 
 # A row gets an output only where one is asked for, and every output costs a product with the whole
@@ -76,7 +78,7 @@ def cached(model_key: dict[str, str], calibration: Calibration) -> tuple[Path, b
     key = json.dumps([_ALGORITHM, model_key, asdict(calibration)], sort_keys=True)
     path = _fs.home("cache") / "imatrix" / f"{hashlib.sha256(key.encode()).hexdigest()}.gguf"
     try:
-        return path, gguf.read(path).metadata.get("general.type") == "imatrix"
+        return path, _BACKEND_KEY in gguf.read(path).metadata
     except (ArtifactError, SourceError):
         return path, False
 
@@ -108,7 +110,8 @@ def compute(
                     "chunk_tokens": calibration.chunk_tokens,
                     "name": calibration.text,
                 },
-                timeout_s=None,
+                silence_s=SILENCE_S,
+                memory_bytes=memory_limit(model),
                 what="computing the importance matrix",
                 on_report=lambda message: on_chunk(*message),
             )
@@ -130,6 +133,16 @@ def read(path: Path) -> dict[str, Any]:
     return {
         name: np.ascontiguousarray(floats(f"{name}.in_sum2") / floats(f"{name}.counts")[0])
         for name in names
+    }
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """How a matrix came to be: the text's name, the chunks used, the engine's CPU backend."""
+    metadata = gguf.read(path).metadata
+    return {
+        "text": metadata["imatrix.datasets"][0],
+        "chunks": metadata["imatrix.chunk_count"],
+        "backend": metadata[_BACKEND_KEY],
     }
 
 
@@ -240,7 +253,7 @@ def _context(model: str, chunk_tokens: int, collector: Any) -> Iterator[tuple[An
 
 
 def _compute(model: str, text: str, out: str, chunks: int, chunk_tokens: int, name: str) -> None:
-    """Child side of ``cached``: tokenize, run every chunk on its own, write the sums."""
+    """Child side of ``compute``: tokenize, run every chunk on its own, write the sums."""
     import numpy as np
 
     llama = library()
@@ -306,6 +319,7 @@ def _write(
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [name])
     writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_string(_BACKEND_KEY, backend_file() or "fixed")
     writer.add_uint32("imatrix.chunk_size", chunk_tokens)
     for tensor, (sums, rows) in entries.items():
         writer.add_tensor(f"{tensor}.in_sum2", sums.astype(np.float32)[None])

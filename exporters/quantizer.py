@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import _fs, _proc
-from edgekit.errors import ExportError, RecipeError
+from edgekit.errors import ExportError, RecipeError, UnsupportedModelError
 from edgekit.formats import gguf
 from edgekit.llama_library import library, listen
 from edgekit.quant import GGUF_FTYPES
@@ -24,6 +24,18 @@ from edgekit.registry import did_you_mean
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+)")
 _PLANNED = re.compile(r"\[ *\d+/ *\d+\] +(\S+) .*?type = *(\S+), .*?(?:\(([A-Za-z0-9_]+)\))?\s*$")
 _FALLBACK = re.compile(r"warning: (\S+) +- ncols .*?required for type +(\w+)\) .*-> falling back")
+
+
+# No tensor and no chunk of text takes this long, even on the slowest board.
+SILENCE_S = 1800
+# The mapped file, a float copy of its largest tensors, and the engine itself.
+_FILE_COPIES = 4
+_ENGINE_BYTES = 4 << 30
+
+
+def memory_limit(path: Path) -> int:
+    """How much address space, in bytes, a child may take that works on this GGUF file."""
+    return _FILE_COPIES * path.stat().st_size + _ENGINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -40,10 +52,14 @@ def plan(
     path: Path, type_name: str, *, imatrix: bool, overrides: tuple[tuple[str, str], ...]
 ) -> list[TensorType]:
     """The type of every tensor if ``path`` were quantized to ``type_name``; reads no weight."""
+    for tensor in gguf.read(path).tensors:
+        if " " in tensor.name:  # the engine's log, which the plan is read from, has no quotes
+            raise UnsupportedModelError(f"the tensor name '{tensor.name}' holds a blank")
     rows = _proc.call(
         "edgekit.exporters.quantizer:_plan",
         {"path": str(path), "type_name": type_name, "imatrix": imatrix, "overrides": overrides},
         timeout_s=120,
+        memory_bytes=memory_limit(path),
         what=f"planning {type_name}",
     )
     return [TensorType(*row) for row in rows]
@@ -72,7 +88,8 @@ def quantize(
             "imatrix": imatrix and str(imatrix),
             "overrides": overrides,
         },
-        timeout_s=None,
+        silence_s=SILENCE_S,
+        memory_bytes=memory_limit(path),
         what=f"quantizing to {type_name}",
         on_report=lambda message: on_tensor(*message),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import quant
-from edgekit.errors import RecipeError, UsageError
+from edgekit.errors import ExportError, RecipeError, UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
 from edgekit.exporters import hf_to_gguf, imatrix, lora, quantizer
 from edgekit.formats import gguf
@@ -53,7 +53,7 @@ class GgufExporter:
                     "an adapter can only be merged into a Hugging Face folder",
                     hint="edgekit convert MODEL.gguf --out DIR makes one",
                 )
-            self._adapter = lora.open_adapter(options.adapter)
+            self._adapter = lora.open_adapter(Path(options.adapter))
         return Recipe(
             format="gguf",
             type=kind,
@@ -66,6 +66,10 @@ class GgufExporter:
     def _calibration(self, kind: str, options: ExportOptions, wanted: bool) -> Calibration | None:
         choice = options.calibration
         if choice == "none" or (choice is None and not wanted):
+            if options.chunks is not None:
+                raise RecipeError(
+                    f"{kind} is made without an importance matrix: no chunks to count"
+                )
             return None
         if kind in quant.FLOAT_TYPES:
             raise RecipeError(f"{kind} is not quantized: a calibration text has no use")
@@ -88,6 +92,9 @@ class GgufExporter:
             rows = self._types(path, header, recipe, source)
         if recipe.calibration and _needs_fast_copy(header):
             scratch_bytes += header.parameters * _Q8_0.type_size // _Q8_0.block_size
+        missing = [tensor.name for tensor in header.tensors if tensor.name not in rows]
+        if missing:
+            raise ExportError(f"llama.cpp would leave out the tensor '{missing[0]}'")
         tensors = tuple(_tensor_plan(tensor, rows[tensor.name]) for tensor in header.tensors)
         data_bytes = sum(tensor.size_bytes for tensor in tensors)
         elements = sum(tensor.elements for tensor in header.tensors)
@@ -125,6 +132,7 @@ class GgufExporter:
         recipe = plan.recipe
         files = [("model", MODEL_FILE)]
         model = folder / MODEL_FILE
+        matrix: Path | None = None
         patch = self._adapter.patch if self._adapter and recipe.adapter_mode == "merge" else None
         packages = ["gguf", "numpy"]
         if source.kind == "hf" and recipe.type in quant.FLOAT_TYPES:
@@ -147,7 +155,10 @@ class GgufExporter:
         if self._adapter and recipe.adapter_mode == "keep":
             lora.write_gguf(self._adapter, source, folder / ADAPTER_FILE)
             files.append(("adapter", ADAPTER_FILE))
-        return Product(tuple(files), _details(model, plan, source), tuple(packages))
+        details = _details(model, plan, source)
+        if matrix:
+            details["imatrix"] = imatrix.facts(matrix)
+        return Product(tuple(files), details, tuple(packages))
 
     @staticmethod
     @contextmanager
@@ -244,7 +255,7 @@ def _warnings(source: ModelSource, recipe: Recipe) -> Iterator[str]:
             f" and {recipe.type} adds its own"
         )
     if quant.wants_imatrix(recipe.type) and recipe.calibration is None:
-        yield f"without an importance matrix {recipe.type} loses about twice as much"
+        yield f"{recipe.type} without an importance matrix loses more: docs/export.md says how much"
 
 
 def _details(model: Path, plan: ExportPlan, source: ModelSource) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
 from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
+
+_RECIPE = ("bits", "overrides", "chunks")
 
 
 def _pairs(
@@ -30,17 +33,31 @@ def _pairs(
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--format", "format_", type=click.Choice(list(EXPORTERS)), default="gguf")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(EXPORTERS)),
+    default="gguf",
+    help="Form of the artifact (default gguf).",
+)
 @click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6, 8 or 16 (default 4).")
-@click.option("--type", "type_", metavar="TYPE", help="A precision by name, such as Q4_K_M.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the artifact.")
+@click.option("--type", "type_", metavar="TYPE", help="Instead of --bits: a type such as Q4_K_M.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the artifact (default build/MODEL-TYPE).",
+)
 @click.option("--revision", help="Commit, tag or branch of a hub id.")
 @click.option(
     "--calibration",
     metavar="FILE|builtin|none",
     help="Text for the importance matrix (default: builtin at 6 bits and below).",
 )
-@click.option("--chunks", type=click.IntRange(2, 10_000), help="Calibration chunks of 512 tokens.")
+@click.option(
+    "--chunks",
+    type=click.IntRange(2, 10_000),
+    help="Calibration chunks of 512 tokens (default 32).",
+)
 @click.option(
     "--override",
     "overrides",
@@ -58,7 +75,7 @@ def _pairs(
 @click.option(
     "--from-manifest",
     type=click.Path(exists=True, path_type=Path),
-    help="Repeat the export of this artifact.",
+    help="Repeat the export of this artifact, byte for byte.",
 )
 @click.option("--dry-run", is_flag=True, help="Show sizes and types; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -83,14 +100,15 @@ def command(
     edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
     """
     if from_manifest is not None:
-        if model or dry_run or type_ or fields["bits"] or fields["overrides"]:
-            raise UsageError("--from-manifest takes the model and its recipe from the manifest")
+        if dry_run or type_ or revision or keep_adapter or any(fields[name] for name in _RECIPE):
+            raise UsageError("--from-manifest takes the whole recipe from the manifest")
         if out is None:
             raise UsageError("--from-manifest needs --out")
         with show.progress(quiet=as_json) as progress:
             artifact = repeat(
                 from_manifest,
                 out=out,
+                model=model,
                 progress=progress,
                 calibration=fields["calibration"],
                 adapter=fields["adapter"],
@@ -100,6 +118,8 @@ def command(
         raise UsageError(
             "which model?", hint="edgekit export smollm2-135m --bits 4 makes a small one"
         )
+    if keep_adapter and not fields["adapter"]:
+        raise UsageError("--keep-adapter needs --adapter")
     options = ExportOptions(type=type_, adapter_mode="keep" if keep_adapter else "merge", **fields)
     with show.progress(quiet=as_json) as progress:
         source = find_source(model, revision=revision, on_progress=partial(progress, "download"))
@@ -108,10 +128,15 @@ def command(
         show.warn(warning)
     if dry_run:
         return _render_plan(found, as_json)
-    out = out or Path("build") / f"{Path(model).stem}-{found.recipe.type.lower()}"
+    out = out or Path("build") / f"{_base_name(model)}-{found.recipe.type.lower()}"
     with show.progress(quiet=as_json) as progress:
         artifact = export(source, format_, out=out, progress=progress, **vars(options))
     _render(artifact, as_json)
+
+
+def _base_name(model: str) -> str:
+    """``./TinyLlama-1.1B`` -> ``TinyLlama-1.1B``, ``org/name`` -> ``name``, ``x.gguf`` -> ``x``."""
+    return Path(model).resolve().name.removesuffix(".gguf")
 
 
 def _render_plan(found: ExportPlan, as_json: bool) -> None:
@@ -158,24 +183,30 @@ def _render(artifact: Artifact, as_json: bool) -> None:
                 "receipt": manifest.receipt,
             }
         )
-    details = manifest.details
     rows = [
         ("artifact", str(artifact.path)),
-        ("model", f"{manifest.source['spec']} ({details['architecture']})"),
-        ("type", f"{manifest.recipe.type}, {details['bits_per_weight']:.2f} bits per weight"),
+        ("model", f"{manifest.source['spec']} ({manifest.source['family']})"),
+        ("type", manifest.recipe.type),
         ("size", show.size(artifact.size_bytes)),
-        ("tensors", ", ".join(f"{count} {kind}" for kind, count in details["types"].items())),
+        *_facts(manifest.details),
+        ("receipt", manifest.receipt["status"]),
+        ("sha256", artifact.sha256),
     ]
-    if manifest.recipe.calibration:
-        calibration = manifest.recipe.calibration
-        rows.append(("calibrated on", f"{calibration.text}, {calibration.chunks} chunks"))
-    if details["requantized_from"]:
-        rows.append(("re-quantized from", details["requantized_from"]))
-    if details["fallbacks"]:
-        rows.append(("fallbacks", _fallbacks(details["fallbacks"])))
-    rows.append(("receipt", manifest.receipt["status"]))
-    rows.append(("sha256", artifact.sha256))
     show.table(rows)
+
+
+def _facts(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the exporter says of its file, as far as this verb knows how to show it."""
+    if "bits_per_weight" in details:
+        yield "bits per weight", f"{details['bits_per_weight']:.2f}"
+    if "types" in details:
+        yield "tensors", ", ".join(f"{count} {kind}" for kind, count in details["types"].items())
+    if matrix := details.get("imatrix"):
+        yield "calibrated on", f"{matrix['text']}, {matrix['chunks']} chunks"
+    if details.get("requantized_from"):
+        yield "re-quantized from", details["requantized_from"]
+    if details.get("fallbacks"):
+        yield "fallbacks", _fallbacks(details["fallbacks"])
 
 
 def _fallbacks(rows: list[dict[str, str]]) -> str:

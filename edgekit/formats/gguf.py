@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgekit.errors import CorruptArtifactError, VersionError
+from edgekit.errors import CorruptArtifactError, UnsupportedModelError, VersionError
 from edgekit.formats import gguf_vocab
 from edgekit.formats.foreign import Cursor, Malformed, opened, shown
 from edgekit.formats.ggml_types import TYPES, GgmlType
@@ -139,7 +139,8 @@ def read(path: Path) -> GgufHeader:
 
     Raises SourceError if there is no regular file to read, VersionError for version 1, unknown
     versions and big-endian files, CorruptArtifactError for anything that breaks the format, points
-    outside the file, exceeds the limits above, or is known to make llama.cpp abort.
+    outside the file, exceeds the limits above, or is known to make llama.cpp abort, and
+    UnsupportedModelError for a shard.
     """
     with opened(path) as (file, size):
         cursor = Cursor(file, min(size, MAX_HEADER_BYTES))
@@ -149,11 +150,22 @@ def read(path: Path) -> GgufHeader:
             version = cursor.number(_U32)
             if version not in VERSIONS:
                 raise _unsupported(path, version)
-            return _header(cursor, version, size)
+            return _whole_model(path, _header(cursor, version, size))
         except Malformed as error:
             raise CorruptArtifactError(
                 f"{path.name}: {error}", hint="download or export the file again"
             ) from None
+
+
+def _whole_model(path: Path, header: GgufHeader) -> GgufHeader:
+    """Refuse a shard: the engine would open its sisters by itself, and nobody has checked those."""
+    shards = header.metadata.get("split.count")
+    if isinstance(shards, int) and shards > 1:
+        raise UnsupportedModelError(
+            f"{path.name} is one of {shards} shards",
+            hint="join them first: llama-gguf-split --merge FIRST.gguf WHOLE.gguf",
+        )
+    return header
 
 
 def _unsupported(path: Path, version: int) -> VersionError:

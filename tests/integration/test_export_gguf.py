@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,25 @@ def test_an_export_is_repeated_byte_for_byte(
     tensors = gguf.read(tmp_path / "one" / "model.gguf")
     assert tensors.tensor("blk.1.ffn_down.weight").type == "Q8_0"
 
+    ran = cli("export", "--from-manifest", "one", "--bits", "3", "--out", "four")
+    assert ran.code == 2 and "takes the whole recipe" in ran.stderr
     text.write_text(TEXT + "!")
     ran = cli("export", "--from-manifest", "one", "--calibration", text, "--out", "four")
     assert ran.code == 2 and "do not repeat the earlier export" in ran.stderr
     assert not (tmp_path / "four").exists()
+
+
+def test_an_export_that_gives_other_bytes_is_no_repeat(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert cli("export", "smollm2-135m", "--type", "Q8_0", "--out", "one").code == 0
+    earlier = Artifact.open(tmp_path / "one").manifest
+    file = replace(earlier.files[0], sha256="00" * 32)
+    old = replace(earlier, files=(file,), versions=earlier.versions | {"llama-cpp-python": "0.1"})
+    (tmp_path / "one" / "manifest.json").write_bytes(old.to_bytes())
+    ran = cli("export", "--from-manifest", "one", "--out", "two")
+    assert ran.code == 6 and "gave other bytes: llama-cpp-python was 0.1, is" in ran.stderr
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_dry_run_foretells_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -109,6 +125,7 @@ def test_the_importance_matrix_is_computed_once(tmp_path: Path, text: Path) -> N
         ({"type": "Q4_K_X"}, "unknown GGUF type"),
         ({"type": "IQ2_XXS", "calibration": "none"}, "needs an importance matrix"),
         ({"type": "F16", "calibration": "builtin"}, "is not quantized"),
+        ({"type": "Q8_0", "chunks": 4}, "no chunks to count"),
         ({"type": "Q4_0", "calibration": "/no/such/file"}, "cannot read the calibration text"),
         ({"type": "Q4_0", "overrides": (("nothing", "Q8_0"),)}, "matches no tensor"),
         ({"type": "Q4_0", "overrides": (("ffn_down", "Q9"),)}, "unknown tensor type"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -10,32 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_artifact import build
 
 from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest
 from edgekit.errors import ArtifactError, CorruptArtifactError, ManifestError, VersionError
-from edgekit.recipe import Calibration, Recipe
-
-RECIPE = Recipe("gguf", "Q4_K_M", Calibration("builtin", "ab" * 32, 8), (("ffn_down", "Q8_0"),))
-
-
-def build(folder: Path) -> Artifact:
-    """A small artifact with the structure of a real one."""
-    folder.mkdir(parents=True)
-    rows = []
-    for role, name, size in (("model", "model.gguf", 3000), ("imatrix", "imatrix.gguf", 700)):
-        data = random.Random(size).randbytes(size)
-        (folder / name).write_bytes(data)
-        rows.append(ArtifactFile(role, name, size, hashlib.sha256(data).hexdigest()))
-    manifest = Manifest(
-        format="gguf",
-        recipe=RECIPE,
-        source={"spec": "smollm2-135m", "sha256": {"model.gguf": "cd" * 32}, "revision": None},
-        files=tuple(rows),
-        details={"bits_per_weight": 6.17, "fallbacks": [{"tensor": "blk.0", "type": "Q5_0"}]},
-        versions={"edgekit": "0.1.0"},
-    )
-    (folder / MANIFEST).write_bytes(manifest.to_bytes())
-    return Artifact.open(folder)
 
 
 @pytest.fixture
@@ -163,3 +141,35 @@ def test_the_command_says_what_differs(artifact: Artifact, cli: Callable[..., An
     ran = cli("verify", artifact.path, "--json")
     assert ran.code == 5 and ran.stdout == ""
     assert "model.gguf differs" in ran.stderr and "hint: export it again" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", {}),
+        ("source", []),
+        ("receipt", {}),
+        ("details", None),
+        ("format", 1),
+        ("source", {"a": "[" * 10}),
+    ],
+)
+def test_manifests_with_strange_fields_are_refused(
+    artifact: Artifact, field: str, value: Any
+) -> None:
+    forge(artifact, **{field: value})
+    with pytest.raises(ManifestError):
+        Artifact.open(artifact.path)
+
+
+def test_a_pipe_in_the_place_of_the_manifest_blocks_nobody(artifact: Artifact) -> None:
+    (artifact.path / MANIFEST).unlink()
+    os.mkfifo(artifact.path / MANIFEST)
+    with pytest.raises(ManifestError):
+        Artifact.open(artifact.path)
+
+
+def test_a_linked_folder_in_an_artifact_is_found(artifact: Artifact, tmp_path: Path) -> None:
+    (artifact.path / "folder").symlink_to(tmp_path)
+    with pytest.raises(CorruptArtifactError, match="does not belong"):
+        artifact.verify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -9,21 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import tiny
+from small_artifact import build
 
 from edgekit.artifact import Artifact
 
+SMOLLM2 = ("smollm2-135m", "--type", "Q4_0", "--calibration", "none")
 EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
-EXPORT = [*EDGEKIT, "export", "smollm2-135m", "--type", "Q4_0", "--calibration", "none", "--json"]
 
 
-def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(out: Path, what: Sequence[str] = SMOLLM2, **env: str) -> subprocess.Popen[bytes]:
     """An export in a process group of its own, as a terminal would start it."""
     return subprocess.Popen(
-        [*EXPORT, "--out", str(out), *more],
+        [*EDGEKIT, "export", *what, "--json", "--out", str(out)],
+        env=os.environ | env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -46,37 +50,54 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def kill_at_random_points(folder: Path, kills: int) -> None:
+def kill_at_random_points(folder: Path, kills: int, what: Sequence[str] = SMOLLM2) -> None:
+    """Kill exports of ``what`` anywhere between their start and their end; each starts anew."""
+    homes = (str(folder.parent / f"home{n}") for n in itertools.count())
     out = folder / "artifact"
     started_s = time.monotonic()
-    assert start(out).wait(timeout=240) == 0
+    assert start(out, what, EDGEKIT_HOME=next(homes)).wait(timeout=240) == 0
     whole_s = time.monotonic() - started_s
     first = Artifact.open(out).sha256
     moments = random.Random(7)
     for number in range(kills):
         if number % 2:
             shutil.rmtree(out, ignore_errors=True)
-        process = start(out)
+        process = start(out, what, EDGEKIT_HOME=next(homes))
         time.sleep(moments.uniform(0, whole_s))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert set(visible(folder)) <= {"artifact", "artifact.partial"}
         if out.exists():  # the old one, or the new one just committed: whole either way
             Artifact.open(out).verify()
-    assert start(out).wait(timeout=240) == 0
+    assert start(out, what).wait(timeout=240) == 0
     assert visible(folder) == ["artifact"]
     assert Artifact.open(out).sha256 == first
     Artifact.open(out).verify()
 
 
-def test_kill_9_leaves_no_half_artifact(tmp_path: Path) -> None:
-    kill_at_random_points(tmp_path, kills=8)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A place for outputs alone."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_kill_9_leaves_no_half_artifact(folder: Path) -> None:
+    kill_at_random_points(folder, kills=6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_kill_9_at_50_points_leaves_no_half_artifact(tmp_path: Path) -> None:
-    kill_at_random_points(tmp_path, kills=50)
+def test_kill_9_at_50_points_leaves_no_half_artifact(folder: Path) -> None:
+    kill_at_random_points(folder, kills=50)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_9_at_50_points_of_an_export_from_a_folder(folder: Path, tmp_path: Path) -> None:
+    # All stages: floats, importance matrix, quantizer.
+    model = tiny.make("llama2", tmp_path / "model")
+    kill_at_random_points(folder, 50, (str(model), "--bits", "4", "--chunks", "4"))
 
 
 @pytest.mark.parametrize(
@@ -136,9 +157,7 @@ def test_a_full_disk_is_one_clear_error_at_20_sizes(
         steals = number % 2 == 1
         size = (120 << 20) if steals else (8 << 20) + (number << 22)
         disk = small_disk(size)
-        old = disk / "old"
-        old.mkdir()
-        (old / "kept").write_text("kept")
+        old = build(disk / "artifact")
         process = start(disk / "artifact")
         if steals:
             while not (disk / "artifact.partial").exists() and process.poll() is None:
@@ -148,8 +167,9 @@ def test_a_full_disk_is_one_clear_error_at_20_sizes(
         assert process.returncode == 6, stderr
         assert stderr.startswith(b"warning:") and b"error: " in stderr and b"hint: " in stderr
         assert b"Traceback" not in stderr
-        assert visible(disk) == (["hog", "old"] if steals else ["old"])
-        assert (old / "kept").read_text() == "kept"
+        assert visible(disk) == (["artifact", "hog"] if steals else ["artifact"])
+        assert Artifact.open(disk / "artifact").sha256 == old.sha256
+        old.verify()
 
 
 def hog(disk: Path, size_bytes: int) -> None:

@@ -37,6 +37,15 @@ def crash():
 def hang():
     time.sleep(600)
 
+def tick():
+    for _ in range(8):
+        time.sleep(0.4)
+        _proc.report("alive")
+    return "done"
+
+def borrow():
+    import mistral_common
+
 def eat():
     return len(bytearray(4 << 30))
 """
@@ -80,6 +89,25 @@ def test_a_hang_ends_at_the_deadline(call: Any) -> None:
     with pytest.raises(DeadlineError, match="the work took longer than 1 s"):
         call("hang", timeout_s=1)
     assert time.monotonic() - started_s < 5
+
+
+def test_silence_is_bounded_but_work_is_not(call: Any) -> None:
+    assert call("tick", silence_s=2.0) == "done"
+    with pytest.raises(DeadlineError, match="gave no sign of life for 1 s"):
+        call("hang", silence_s=1.0)
+
+
+def test_nothing_is_imported_from_the_current_folder(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model repository may hold a module that some library tries to import.
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "mistral_common.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(repository)
+    with pytest.raises(EngineCrashedError, match="ModuleNotFoundError"):
+        call("borrow")
+    assert not (repository / "ran").exists()
 
 
 def test_memory_is_bounded(call: Any) -> None:

@@ -125,7 +125,8 @@ def test_an_artifact_is_a_source_too(tmp_path: Path, smollm2_gguf: Path) -> None
         manifest = Manifest(
             format=format,
             recipe=Recipe("gguf", "F16"),
-            source={},
+            source=dict.fromkeys(("kind", "family", "revision", "quantized", "sha256"))
+            | {"spec": "x"},
             files=(ArtifactFile("model", "model.gguf", size, "0" * 64),),
         )
         (artifact / "manifest.json").write_bytes(manifest.to_bytes())
