@@ -86,6 +86,9 @@ RUNTIMES = Shelf(
     extra="llama",
 )
 
+# The runtime for an artifact's format, where the user names none.
+RUNTIME_OF_FORMAT = {"gguf": "llamacpp"}
+
 # One row per `model_type` of a config.json: the file that maps its tensors and metadata to GGUF.
 GGUF_FAMILIES = Shelf(
     "model family with a GGUF mapping",

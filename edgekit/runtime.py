@@ -6,14 +6,22 @@ Knows no engine: those are on the shelf ``runtimes/`` and come through the regis
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from edgekit.errors import UsageError
-from edgekit.registry import RUNTIMES, did_you_mean
+from edgekit import _fs
+from edgekit.artifact import Artifact
+from edgekit.errors import LoadError, UsageError
+from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
+
+# Where neither the user nor the model says less: a KV cache takes memory for every token.
+DEFAULT_N_CTX = 4096
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+POOLINGS = ("mean", "last", "cls")
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1_000_000),
@@ -28,12 +36,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+# llama.cpp takes 2**32 - 1 for "draw one".
+_MAX_SEED = (1 << 32) - 2
+
+
 @dataclass(frozen=True)
 class GenerateParams:
     """How to generate. The defaults are greedy (temperature 0): the same answer every time.
 
     ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repeat_penalty`` 1 each mean "off". ``logprobs`` is
-    the number of alternatives to report per token (0: none). ``seed`` None draws a fresh one.
+    the number of alternatives to report per token (0: none). ``repeat_penalty`` makes the last
+    ``repeat_last_n`` tokens of prompt and answer less likely. ``seed`` None draws a fresh one.
     At most one of ``json_schema`` (a JSON schema as a dict) and ``grammar`` (GBNF text) may be
     given. A grammar is a program, and the engine may run for ever over a hostile one: take schemas
     from strangers, but grammars only from yourself.
@@ -65,31 +78,18 @@ class GenerateParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"{name} must be a number, not {value!r}")
-            if isinstance(_DEFAULTS[name], int) and not isinstance(value, int):
+            if isinstance(getattr(GenerateParams, name), int) and not isinstance(value, int):
                 raise UsageError(f"{name} must be a whole number, not {value!r}")
             if not math.isfinite(value) or not low <= value <= high:
                 raise UsageError(f"{name} must lie between {low:g} and {high:g}, not {value!r}")
         if isinstance(self.stop, str):
             raise UsageError("stop must be a tuple of strings")
-        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 1 << 32):
-            raise UsageError(f"seed must be a whole number from 0 to {(1 << 32) - 1}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed <= _MAX_SEED):
+            raise UsageError(f"seed must be a whole number from 0 to {_MAX_SEED}")
         if len(self.stop) > 16 or any(not s or len(s) > 1024 for s in self.stop):
             raise UsageError("stop takes at most 16 strings of 1 to 1024 characters")
         if self.json_schema is not None and self.grammar is not None:
             raise UsageError("give json_schema or grammar, not both")
-
-
-_DEFAULTS = {
-    "max_tokens": 256,
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repeat_penalty": 1.0,
-    "repeat_last_n": 64,
-    "logprobs": 0,
-    "n_keep": 4,
-}
 
 
 def merged(params: GenerateParams | None, fields: dict[str, Any]) -> GenerateParams:
@@ -109,10 +109,14 @@ def merged(params: GenerateParams | None, fields: dict[str, Any]) -> GeneratePar
 class LoadParams:
     """How to load a language model.
 
-    ``n_ctx`` None: the model's own context, at most 4096 tokens. ``n_threads`` None: the count that
-    was measured fastest on this machine. ``n_gpu_layers`` None: as many layers as fit.
-    ``kv_type`` is the type of the KV cache (f16, q8_0, q4_0, ...). ``adapters`` are LoRA files with
-    their scales. ``prompt_cache`` is a file that keeps the last prompt's KV state between runs.
+    ``n_ctx`` None: the model's own context, at most 4096 tokens. ``n_batch``: tokens of a prompt
+    that the engine reads at once; more is faster, and takes more memory. ``n_threads`` None: the
+    count that was measured fastest on this machine. ``n_gpu_layers`` None: as many layers as fit.
+    ``kv_type`` is the type of the KV cache, one of ``KV_TYPES``. ``flash_attention`` False keeps
+    the engine from its fused attention, which is faster wherever it works and which quantized
+    cache types need. ``adapters`` are LoRA files with their scales. ``prompt_cache`` is a file that
+    keeps the last prompt's KV state between runs; one that cannot be written is a warning in the
+    log, no error.
     ``embeddings`` makes ``embed`` possible, and everything else a little slower.
     """
 
@@ -149,6 +153,8 @@ class Generation:
 
     ``finish_reason`` is "stop" (end token or stop string), "length" (max_tokens or full context).
     ``prompt_ms`` and ``decode_ms`` are engine times; ``decode_tokens`` counts what was generated.
+    ``cached_tokens`` of the prompt needed no work, for the KV cache held them. Speculation proposed
+    ``drafted_tokens``; ``accepted_tokens`` of them became part of the answer.
     """
 
     text: str = ""
@@ -222,12 +228,18 @@ class Session(Protocol):
         ...
 
     @property
-    def has_chat_template(self) -> bool: ...
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` works: the model brings a chat template."""
+        ...
 
     @property
-    def last(self) -> Generation: ...
+    def last(self) -> Generation:
+        """The newest generation; its figures are whole once its iterator has ended."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write the prompt cache, if one was asked for, and free the model. Twice is fine."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -242,33 +254,54 @@ class Session(Protocol):
 class Runtime(Protocol):
     """An engine: turns a model file into a Session."""
 
-    def load(self, path: Path, params: LoadParams, *, trusted: bool) -> Session:
-        """Load a model file. ``trusted`` False: edgekit did not make it (see ``load``)."""
+    def load(self, path: Path, params: LoadParams) -> Session:
+        """Load a model file. A bad one ends in an EdgekitError, never in a dead process."""
         ...
 
 
-def load(model: Any, *, runtime: str = "llamacpp", **fields: Any) -> Session:
+def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: Any) -> Session:
     """Load an Artifact, a path to one, or a GGUF file; keyword arguments as in LoadParams.
 
-    Files that edgekit did not make and verify are first loaded in a child process, so that a
-    hostile one cannot take this process down.
-    Raises CorruptArtifactError, LoadError, UsageError, MissingExtraError.
+    ``runtime`` None takes the one for the model's format. An adapter that the artifact ships is
+    applied with scale 1, unless ``adapters`` names its file too, with a scale of its own.
+    A file that the engine never loaded before is first loaded in a child process, so that a hostile
+    one cannot take this process down: nobody signs manifests, so that holds for artifacts as well.
+    Raises ManifestError, CorruptArtifactError, LoadError, UsageError, MissingExtraError.
     """
-    from edgekit.artifact import Artifact
-
     try:
         params = LoadParams(**fields)
     except TypeError as error:
         raise UsageError(f"load() {str(error).partition(') ')[2]}") from None
-    engine: Runtime = RUNTIMES.load(runtime)()
     if isinstance(model, str | Path):
         path = Path(model)
         if path.is_file():
-            return engine.load(path, params, trusted=False)
+            return _engine(runtime, "gguf").load(path, params)
         model = Artifact.open(path)
     if not isinstance(model, Artifact):
         raise UsageError(
             f"cannot load a {type(model).__name__}; give an artifact, its folder or a GGUF file"
         )
+    engine = _engine(runtime, model.format)
     model.verify_sizes()
-    return engine.load(model.model_path, params, trusted=True)
+    adapters = (*_shipped_adapters(model, params), *params.adapters)
+    return engine.load(model.model_path, replace(params, adapters=adapters))
+
+
+def _engine(name: str | None, model_format: str) -> Runtime:
+    """The runtime called ``name``, or the one for ``model_format``."""
+    name = name or RUNTIME_OF_FORMAT.get(model_format)
+    if name is None:
+        raise LoadError(
+            f"edgekit has no runtime for the format {model_format!r}",
+            hint=f"name one: {', '.join(RUNTIMES)}",
+        )
+    engine: Runtime = RUNTIMES.load(name)()
+    return engine
+
+
+def _shipped_adapters(artifact: Artifact, params: LoadParams) -> list[tuple[Path, float]]:
+    """The adapters beside the model, but for those that the user gave a scale."""
+    given = {os.path.realpath(file) for file, _ in params.adapters}
+    shipped = [file.path for file in artifact.manifest.files if file.role == "adapter"]
+    files = [_fs.contained(artifact.path, name) for name in shipped]
+    return [(file, 1.0) for file in files if os.path.realpath(file) not in given]

@@ -57,6 +57,7 @@ class ContextWindow:
 
     @property
     def full(self) -> bool:
+        """Whether the next token needs room to be made first."""
         return self.used >= self._engine.n_ctx
 
     def enter(self, prompt: Sequence[int], *, endless: bool, keep: int) -> int:
@@ -151,7 +152,8 @@ class ContextWindow:
         """The last prompt's tokens, the logits of its end and the state; None if not whole."""
         if self._prompt_logits is None or self.dropped:
             return None
-        self.rewind(self._prompt_end)
+        if not self.rewind(self._prompt_end):
+            return None
         return self.tokens, self._prompt_logits, self._engine.save_state()
 
     def restore(self, tokens: list[int], logits: Logits, state: bytes) -> None:

@@ -14,16 +14,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from edgekit.errors import LoadError, PromptTooLongError, UsageError
-from edgekit.runtime import GenerateParams, Generation, LoadParams, merged
+from edgekit.runtime import (
+    DEFAULT_N_CTX,
+    POOLINGS,
+    GenerateParams,
+    Generation,
+    LoadParams,
+    merged,
+)
 
-_DEFAULT_N_CTX = 4096
 _WIDTH = 16
 
 
 class EchoRuntime:
     """Loads nothing, but refuses a file that is not there, as a real engine does."""
 
-    def load(self, path: Path, params: LoadParams, *, trusted: bool) -> EchoSession:
+    def load(self, path: Path, params: LoadParams) -> EchoSession:
         if not path.is_file():
             raise LoadError(f"{path} is no file")
         return EchoSession(params)
@@ -33,7 +39,7 @@ class EchoSession:
     """One token is one character; the answer is the prompt again, then the end."""
 
     def __init__(self, params: LoadParams) -> None:
-        self._n_ctx = params.n_ctx or _DEFAULT_N_CTX
+        self._n_ctx = params.n_ctx or DEFAULT_N_CTX
         self._last = Generation()
         self._closed = False
 
@@ -57,6 +63,9 @@ class EchoSession:
             room = min(room, self._n_ctx - done.prompt_tokens)
         done.finish_reason = "stop" if len(answer) <= room and len(answer) < room else "length"
         for character in answer[:room]:
+            self._open()
+            if done is not self._last:
+                raise UsageError("another generation of this session has begun")
             done.tokens.append(ord(character))
             done.text += character
             yield character
@@ -81,7 +90,7 @@ class EchoSession:
 
     def embed(self, text: str, *, pooling: str = "mean") -> list[float]:
         self._open()
-        if pooling not in ("mean", "last", "cls"):
+        if pooling not in POOLINGS:
             raise UsageError(f"unknown pooling '{pooling}'")
         raw = [byte - 127.5 for byte in hashlib.sha256(text.encode()).digest()[:_WIDTH]]
         norm = math.hypot(*raw)

@@ -6,25 +6,24 @@ Must never load a model: it reads sizes from the header and asks the engine's de
 from __future__ import annotations
 
 from edgekit import llama_library
+from edgekit.formats.ggml_types import TYPES
 from edgekit.formats.gguf import GgufHeader
-from edgekit.runtime import LoadParams
+from edgekit.runtime import DEFAULT_N_CTX, LoadParams
 
 ALL_LAYERS = 1 << 16
 # For the compute buffers, and for whoever else draws on that screen.
 _RESERVE_BYTES = 512 << 20
-_CPU_BYTES_PER_CACHE_VALUE = 2
 
 
 def layers_that_fit(header: GgufHeader, params: LoadParams) -> int:
     """Layers to offload: 0 without a GPU backend, ``ALL_LAYERS`` when everything fits."""
     if not llama_library.library().llama_supports_gpu_offload():
         return 0
-    return count(header, params.n_ctx or 4096, llama_library.free_gpu_bytes())
+    return count(header, params, llama_library.free_gpu_bytes())
 
 
-def count(header: GgufHeader, n_ctx: int, free_bytes: int) -> int:
+def count(header: GgufHeader, params: LoadParams, free_bytes: int) -> int:
     """How many of a model's last layers fit ``free_bytes``, each with its part of the KV cache."""
-    family = header.architecture
     layers: dict[int, int] = {}
     rest_bytes = 0
     for tensor in header.tensors:
@@ -34,12 +33,7 @@ def count(header: GgufHeader, n_ctx: int, free_bytes: int) -> int:
             layers[index] = layers.get(index, 0) + tensor.size_bytes
         else:
             rest_bytes += tensor.size_bytes
-    heads = header.metadata.get(f"{family}.attention.head_count_kv", 0)
-    heads = max(heads) if isinstance(heads, list) else heads
-    width = header.metadata.get(f"{family}.embedding_length", 0)
-    query_heads = header.metadata.get(f"{family}.attention.head_count", 1)
-    query_heads = max(query_heads) if isinstance(query_heads, list) else query_heads
-    cache_bytes = 2 * _CPU_BYTES_PER_CACHE_VALUE * n_ctx * heads * width // max(1, query_heads)
+    cache_bytes = layer_cache_bytes(header, params)
     left = free_bytes - _RESERVE_BYTES
     if left >= sum(layers.values()) + rest_bytes + len(layers) * cache_bytes:
         return ALL_LAYERS
@@ -50,3 +44,22 @@ def count(header: GgufHeader, n_ctx: int, free_bytes: int) -> int:
             break
         fitting += 1
     return fitting
+
+
+def layer_cache_bytes(header: GgufHeader, params: LoadParams) -> int:
+    """Keys and values of one layer for the whole context, in bytes.
+
+    Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; a length that the file leaves
+    out is the model's width by its heads. Where layers differ, the widest counts.
+    """
+
+    def widest(key: str, default: int) -> int:
+        found = header.metadata.get(f"{header.architecture}.{key}", default)
+        return max(found, default=default) if isinstance(found, list) else int(found)
+
+    heads = widest("attention.head_count", 1)
+    kv_heads = widest("attention.head_count_kv", heads)
+    width = widest("embedding_length", 0) // max(1, heads)
+    lengths = widest("attention.key_length", width) + widest("attention.value_length", width)
+    kind = next(kind for kind in TYPES.values() if kind.name.lower() == params.kv_type)
+    return (params.n_ctx or DEFAULT_N_CTX) * kind.size_bytes(kv_heads * lengths)

@@ -18,31 +18,20 @@ import numpy as np
 
 from edgekit import llama_library
 from edgekit.errors import InferenceError, LoadError, UsageError
+from edgekit.formats.ggml_types import TYPES
 from edgekit.formats.gguf import GgufHeader
-from edgekit.runtime import LoadParams
+from edgekit.runtime import DEFAULT_N_CTX, KV_TYPES, LoadParams
 from edgekit.runtimes.gpu_layers import layers_that_fit
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
-# Types that the KV cache may have, and their numbers in ggml.h.
-KV_TYPES = {
-    "f32": 0,
-    "f16": 1,
-    "q4_0": 2,
-    "q4_1": 3,
-    "q5_0": 6,
-    "q5_1": 7,
-    "q8_0": 8,
-    "iq4_nl": 20,
-    "bf16": 30,
-}
+_TYPE_NUMBERS = {kind.name.lower(): number for number, kind in TYPES.items()}
 _FLOATS = ("f32", "f16", "bf16")
 _FLASH_OFF, _FLASH_AUTO = 0, -1
 _POOLING_NONE = 0
 _CONTROL = 1 | 8  # LLAMA_TOKEN_ATTR_UNKNOWN and _CONTROL: what "special" switches on
 _SHORT = 32  # tokens that are evaluated before anybody loses patience
 _SENTENCEPIECE = 1  # LLAMA_VOCAB_TYPE_SPM
-_DEFAULT_N_CTX = 4096
 
 
 class Engine:
@@ -76,14 +65,6 @@ class Engine:
             self.close()
             raise
 
-    @classmethod
-    def of_vocabulary(cls, vocabulary: Any) -> Engine:
-        """An engine that can only turn text into tokens and back; nothing of it needs closing."""
-        engine = cls.__new__(cls)
-        engine._llama = llama_library.library()
-        engine._read_vocabulary(vocabulary)
-        return engine
-
     def _read_vocabulary(self, vocabulary: Any) -> None:
         llama = self._llama
         self.vocabulary = vocabulary
@@ -109,14 +90,14 @@ class Engine:
         trained = self._llama.llama_model_n_ctx_train(self._model)
         if asked is not None and asked > trained:
             raise UsageError(f"n_ctx {asked} is more than the {trained} this model was trained for")
-        return int(asked or min(trained, _DEFAULT_N_CTX))
+        return int(asked or min(trained, DEFAULT_N_CTX))
 
     def _make_context(self, params: LoadParams, threads: tuple[int, int]) -> Any:
         wanted = self._llama.llama_context_default_params()
         wanted.n_ctx = self.n_ctx
         wanted.n_batch = wanted.n_ubatch = self.n_batch
         wanted.n_threads, wanted.n_threads_batch = threads
-        wanted.type_k = wanted.type_v = KV_TYPES[params.kv_type]
+        wanted.type_k = wanted.type_v = _TYPE_NUMBERS[params.kv_type]
         wanted.flash_attn_type = _FLASH_AUTO if params.flash_attention else _FLASH_OFF
         wanted.embeddings = params.embeddings
         if params.embeddings:
@@ -343,6 +324,12 @@ class Engine:
     def shift(self, position: int, delta: int) -> None:
         """Move the cells from ``position`` on by ``delta`` positions."""
         self._llama.llama_memory_seq_add(self._memory, 0, position, -1, delta)
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether the last tokens alone can be forgotten; a recurrent state cannot be cut."""
+        recurrent = self._llama.llama_model_is_recurrent(self._model)
+        return not (recurrent or self._llama.llama_model_is_hybrid(self._model))
 
     @property
     def can_shift(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgekit.errors import PromptTooLongError, UsageError
 from edgekit.formats import gguf
-from edgekit.runtime import GenerateParams, Generation, LoadParams, merged
+from edgekit.runtime import POOLINGS, GenerateParams, Generation, LoadParams, merged
 from edgekit.runtimes import first_load, threads
 from edgekit.runtimes.chat import ChatTemplate, Guard, check_messages
 from edgekit.runtimes.context_window import ContextWindow, common_length
@@ -25,24 +25,22 @@ from edgekit.runtimes.sampling import Sampler
 from edgekit.runtimes.speculation import Speculator
 from edgekit.runtimes.text_stream import TextStream
 
-_POOLINGS = ("mean", "last", "cls")
-
 
 class LlamaCppRuntime:
     """The engine for GGUF files."""
 
-    def load(self, path: Path, params: LoadParams, *, trusted: bool) -> LlamaSession:
-        """Load a GGUF file; what edgekit did not make is first tried in a child process.
+    def load(self, path: Path, params: LoadParams) -> LlamaSession:
+        """Load a GGUF file, the first time in a child process (``first_load``) before this one.
 
         Raises SourceError, CorruptArtifactError or VersionError for a bad header,
-        EngineCrashedError for a file that kills the engine, LoadError for one that it refuses.
+        EngineCrashedError or DeadlineError for a file that kills or hangs the engine, LoadError for
+        one that it refuses.
         """
         check_params(params)
         header = gguf.read(path)
         for adapter, _ in params.adapters:
             gguf.read(adapter)
-        if not trusted or params.adapters:
-            first_load.check(path, [adapter for adapter, _ in params.adapters])
+        first_load.check(path, [adapter for adapter, _ in params.adapters])
         return LlamaSession(path, header, params)
 
 
@@ -62,13 +60,18 @@ class LlamaSession:
         self._last = Generation()
         self._turn = 0
         self._closed = False
-        if known is None:
-            threads.measure(engine, header)
         self._cache: PromptCache | None = None
-        if params.prompt_cache is not None:
-            self._cache = PromptCache(params.prompt_cache, path, params)
-            if found := self._cache.load(engine.n_vocab):
-                self._window.restore(*found)
+        try:
+            if known is None:
+                threads.measure(engine, header)
+            if params.prompt_cache is not None:
+                self._cache = PromptCache(params.prompt_cache, path, params)
+                if found := self._cache.load(engine.n_vocab):
+                    self._window.restore(*found)
+        except BaseException:  # nobody else can free a model that the caller never got
+            self._cache = None
+            self.close()
+            raise
 
     # Generating
 
@@ -109,7 +112,8 @@ class LlamaSession:
         sampler = Sampler(self._engine, params, prompt)
         self._turn += 1
         self._last = Generation(prompt_tokens=len(prompt))
-        return self._generate(prompt, params, sampler, self._last, max(keep, params.n_keep))
+        kept = max(keep, params.n_keep)
+        return self._generate(prompt, params, sampler, self._last, kept, self._turn)
 
     def _generate(
         self,
@@ -118,17 +122,19 @@ class LlamaSession:
         sampler: Sampler,
         done: Generation,
         keep: int,
+        turn: int,
     ) -> Iterator[str]:
-        engine, window, turn = self._engine, self._window, self._turn
+        engine, window = self._engine, self._window
         text = TextStream(params.stop)
         speculator: Speculator | None = None
         shown: list[str] = []
         clock = time.perf_counter
         try:
+            self._still_mine(turn)
             started = clock()
             done.cached_tokens = window.enter(prompt, endless=params.endless, keep=keep)
             token = sampler.next(window.logits())
-            if _speculates(params, sampler):
+            if engine.can_rewind and _speculates(params, sampler):
                 speculator = Speculator(engine, window, done)
             done.prompt_ms = (clock() - started) * 1e3
             done.finish_reason = "length"
@@ -254,14 +260,15 @@ class LlamaSession:
         be loaded with ``embeddings=True``. Raises UsageError, PromptTooLongError.
         """
         self._open()
-        if pooling not in _POOLINGS:
-            raise UsageError(f"pooling must be one of {', '.join(_POOLINGS)}, not {pooling!r}")
+        if pooling not in POOLINGS:
+            raise UsageError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
         if not self._with_embeddings:
             raise UsageError("this session gives no embeddings", hint="load with embeddings=True")
         tokens = self._prompt_tokens(self.tokenize(text))
         engine = self._engine
         if len(tokens) > engine.n_ctx:
             raise PromptTooLongError(f"{len(tokens)} tokens do not fit n_ctx {engine.n_ctx}")
+        self._turn += 1
         self._window.clear()
         states = []
         for at in range(0, len(tokens), engine.n_batch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import os
 import secrets
 import struct
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from edgekit import _fs, llama_library
 from edgekit.errors import UsageError
 from edgekit.runtime import LoadParams
+from edgekit.runtimes import cache_file
 from edgekit.runtimes.llama_engine import Logits
 
 _MAGIC = b"edgekit prompt 1"
@@ -30,7 +33,7 @@ class PromptCache:
     """One cache file for one model with one set of load parameters."""
 
     def __init__(self, file: Path, model: Path, params: LoadParams) -> None:
-        if file.is_dir():
+        if os.path.isdir(file):
             raise UsageError(f"the prompt cache {file} is a folder")
         self._file = file
         self._identity = _identity(model, params)
@@ -48,14 +51,18 @@ class PromptCache:
         magic, claimed, identity, n_tokens, n_logits = _HEAD.unpack_from(raw)
         if magic != _MAGIC or identity != self._identity or n_logits != n_vocab:
             return None
-        if not hmac.compare_digest(claimed, _keyed(raw[48:])):
+        key = _known_key()
+        if key is None or not hmac.compare_digest(claimed, hmac.digest(key, raw[48:], "sha256")):
             return None
         tokens = np.frombuffer(raw, np.int32, n_tokens, _HEAD.size)
         logits = np.frombuffer(raw, np.float32, n_logits, _HEAD.size + 4 * n_tokens)
         return tokens.tolist(), logits.copy(), raw[_HEAD.size + 4 * (n_tokens + n_logits) :]
 
     def save(self, tokens: list[int], logits: Logits, state: bytes) -> None:
-        """Replace the file, whole or not at all. Raises OutOfSpaceError, ExportError."""
+        """Replace the file, whole or not at all; a file that cannot be written is a warning."""
+        key = _known_key() or _new_key()
+        if key is None:
+            return
         body = b"".join(
             [
                 _HEAD.pack(b"", b"", self._identity, len(tokens), len(logits))[48:],
@@ -64,16 +71,29 @@ class PromptCache:
                 state,
             ]
         )
-        _fs.write_atomic(self._file, _MAGIC + _keyed(body) + body)
+        whole = _MAGIC + hmac.digest(key, body, "sha256") + body
+        cache_file.write(self._file, whole, level=logging.WARNING)
 
 
-def _keyed(body: bytes) -> bytes:
-    """HMAC-SHA256 under a key that only this user can read."""
-    file = _fs.home("state") / "prompt-cache.key"
-    if not file.exists():
-        _fs.write_atomic(file, secrets.token_bytes(32))
-        file.chmod(0o600)
-    return hmac.digest(file.read_bytes(), body, "sha256")
+def _key_file() -> Path:
+    return _fs.home("state") / "prompt-cache.key"
+
+
+def _known_key() -> bytes | None:
+    """The key of the HMAC-SHA256 in every file of this user; only this user can read it."""
+    try:
+        return _key_file().read_bytes() or None
+    except OSError:
+        return None
+
+
+def _new_key() -> bytes | None:
+    """A key for all files to come; None, and a warning, where it cannot be kept."""
+    key = secrets.token_bytes(32)
+    if not cache_file.write(_key_file(), key, level=logging.WARNING):
+        return None
+    _key_file().chmod(0o600)
+    return key
 
 
 def _identity(model: Path, params: LoadParams) -> bytes:

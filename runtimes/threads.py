@@ -11,9 +11,10 @@ import os
 import time
 from pathlib import Path
 
-from edgekit import _fs, llama_library
+from edgekit import _fs, llama_library, machine
 from edgekit.formats.gguf import GgufHeader
 from edgekit.runtime import LoadParams
+from edgekit.runtimes import cache_file
 from edgekit.runtimes.llama_engine import Engine
 
 _BUDGET_S = 1.0
@@ -21,7 +22,6 @@ _PREFILL_TOKENS = 64
 _ROUNDS = 3
 # A larger count must be this much faster: threads that gain nothing only heat the board.
 _WORTH = 1.02
-_CPU_KEYS = ("model name", "CPU part", "Hardware", "Model")
 
 
 def known(header: GgufHeader, params: LoadParams) -> tuple[int, int] | None:
@@ -72,7 +72,8 @@ def measure(engine: Engine, header: GgufHeader) -> tuple[int, int]:
     best = _fastest(decode), _fastest(prefill)
     engine.set_threads(*best)
     if not busy:
-        _fs.write_atomic(_file(), json.dumps(_read() | {_key(header): best}, indent=1).encode())
+        body = _read() | {_key(header): best}
+        cache_file.write(_file(), json.dumps(body, indent=1).encode())
     return best
 
 
@@ -118,7 +119,7 @@ def _key(header: GgufHeader) -> str:
     """Machine and kind of model: what a count of threads depends on."""
     size_class = round(math.log2(max(1, header.parameters)))
     parts = [
-        _cpu_name(),
+        machine.cpu(machine.root()).model or "unknown CPU",
         f"{available()} cores",
         llama_library.backend_file() or "fixed backend",
         header.architecture,
@@ -126,16 +127,6 @@ def _key(header: GgufHeader) -> str:
         f"2^{size_class} weights",
     ]
     return "; ".join(parts)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    fields = dict(line.partition(":")[::2] for line in lines)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    return next((named[key] for key in _CPU_KEYS if named.get(key)), "unknown CPU")
 
 
 def _file() -> Path:

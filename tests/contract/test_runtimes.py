@@ -20,7 +20,7 @@ def session(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Iterator[Sess
     params = LoadParams(
         n_ctx=N_CTX, n_threads=1, embeddings=request.node.name.startswith("test_em")
     )
-    with runtime.load(smollm2_gguf, params, trusted=True) as session:
+    with runtime.load(smollm2_gguf, params) as session:
         yield session
 
 
@@ -94,4 +94,19 @@ def test_a_closed_session_refuses_to_work(session: Session) -> None:
 @pytest.mark.parametrize("name", list(RUNTIMES))
 def test_a_file_that_is_not_there_is_a_typed_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(EdgekitError):
-        RUNTIMES.load(name)().load(tmp_path / "no.gguf", LoadParams(), trusted=True)
+        RUNTIMES.load(name)().load(tmp_path / "no.gguf", LoadParams())
+
+
+def test_a_stream_that_was_never_begun_is_refused_after_close(session: Session) -> None:
+    stream = session.stream("One two three", max_tokens=4)
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        next(stream)
+
+
+def test_of_two_streams_only_the_newer_goes_on(session: Session) -> None:
+    older = session.stream("One two three", max_tokens=8)
+    newer = session.stream("Four five six", max_tokens=8)
+    with pytest.raises(UsageError, match="another generation"):
+        next(older)
+    assert "".join(newer) == session.last.text != ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,10 @@ from typing import Any
 import pytest
 
 import edgekit
+from edgekit import _fs
+from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest
 from edgekit.errors import LoadError, PromptTooLongError, UsageError
+from edgekit.recipe import Recipe
 from edgekit.runtime import Session
 from edgekit.runtimes import first_load
 from edgekit.runtimes import threads as thread_counts
@@ -23,27 +27,111 @@ STORY = "Once upon a time there was a little"
 
 
 @pytest.fixture(scope="module")
-def model(smollm2_gguf: Path) -> Iterator[Session]:
-    from edgekit.registry import RUNTIMES
-    from edgekit.runtime import LoadParams
-
-    params = LoadParams(n_ctx=512, n_threads=1)
-    with RUNTIMES.load("llamacpp")().load(smollm2_gguf, params, trusted=True) as session:
+def model(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with pytest.MonkeyPatch.context() as patch:
+        # The home of conftest is made for each test, which is too late for this one.
+        patch.setenv("EDGEKIT_HOME", str(tmp_path_factory.mktemp("home")))
+        session = edgekit.load(smollm2_gguf, n_ctx=512, n_threads=1)
+    with session:
         yield session
 
 
-def test_a_foreign_file_is_tried_in_a_child_once_and_then_remembered(
-    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def artifact_of(
+    folder: Path, model: Path, *, adapter: Path | None = None, model_format: str = "gguf"
+) -> Artifact:
+    """An artifact that edgekit never exported, with a manifest that fits its files."""
+    folder.mkdir()
+    rows = []
+    for role, file in (("model", model), ("adapter", adapter)):
+        if file is not None:
+            copy = folder / f"{role}.gguf"
+            shutil.copyfile(file, copy)
+            row = ArtifactFile(role, copy.name, copy.stat().st_size, _fs.sha256_file(copy))
+            rows.append(row)
+    source = {"spec": "x", "kind": "gguf", "family": "llama", "revision": None}
+    manifest = Manifest(
+        format=model_format,
+        recipe=Recipe(model_format, "F16"),
+        source=source | {"quantized": None, "sha256": {}},
+        files=tuple(rows),
+    )
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    return Artifact.open(folder)
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The functions that first loads ran in child processes."""
     calls: list[str] = []
     real = first_load._proc.call
     monkeypatch.setattr(
         first_load._proc, "call", lambda *a, **k: (calls.append(a[0]), real(*a, **k))[1]
     )
+    return calls
+
+
+def test_a_file_is_tried_in_a_child_once_and_then_remembered(
+    smollm2_gguf: Path, children: list[str]
+) -> None:
     for _ in range(2):
         with edgekit.load(smollm2_gguf, n_threads=1) as session:
             assert "Paris" in session.complete("The capital of France is", max_tokens=4).text
-    assert calls == ["edgekit.runtimes.first_load:attempt"]
+    assert children == ["edgekit.runtimes.first_load:attempt"]
+
+
+def test_a_manifest_is_no_reason_to_trust_an_artifact(
+    smollm2_gguf: Path, tmp_path: Path, children: list[str]
+) -> None:
+    artifact = artifact_of(tmp_path / "art", smollm2_gguf)
+    edgekit.load(artifact, n_threads=1).close()
+    edgekit.load(tmp_path / "art", n_threads=1).close()
+    assert children == ["edgekit.runtimes.first_load:attempt"]
+
+
+def test_the_runtime_is_chosen_by_the_format(smollm2_gguf: Path, tmp_path: Path) -> None:
+    artifact = artifact_of(tmp_path / "art", smollm2_gguf, model_format="stone")
+    with pytest.raises(LoadError, match="'stone'"):
+        edgekit.load(artifact)
+    with edgekit.load(artifact, runtime="echo") as session:
+        assert session.complete("hello").text == "hello"
+
+
+def test_nothing_fails_where_nothing_can_be_kept(
+    smollm2_gguf: Path,
+    tmp_path: Path,
+    every_core: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("EDGEKIT_HOME", str(file / "home"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(thread_counts, "_BUDGET_S", 0.1)
+    caplog.set_level("INFO", "edgekit.runtime")
+    with edgekit.load(smollm2_gguf, n_ctx=256) as session:
+        assert "Paris" in session.complete("The capital of France is", max_tokens=4).text
+    lost = [record for record in caplog.records if record.name == "edgekit.runtime"]
+    assert {record.levelname for record in lost} == {"INFO"}
+    assert "first-load" in lost[0].getMessage() and "threads.json" in lost[1].getMessage()
+
+
+@pytest.mark.parametrize("place", ["file/home", "home"])
+def test_a_prompt_cache_that_cannot_be_written_is_one_warning(
+    smollm2_gguf: Path,
+    tmp_path: Path,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGEKIT_HOME", str(tmp_path / place))
+    cache = tmp_path / "file" / "prompt.cache"
+    with edgekit.load(smollm2_gguf, n_ctx=64, n_threads=1, prompt_cache=cache) as session:
+        session.complete("hello", max_tokens=2)
+    warnings = [record for record in caplog.records if record.name == "edgekit.runtime"]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+    assert str(tmp_path / "file") in warnings[0].getMessage()
 
 
 def test_a_file_that_the_engine_refuses_is_a_load_error_with_the_reason(
@@ -267,11 +355,13 @@ def test_bad_load_parameters_are_usage_errors(smollm2_gguf: Path, fields: dict[s
         edgekit.load(smollm2_gguf, **{"n_threads": 1} | fields)
 
 
-def test_a_lora_changes_the_answer_by_its_scale(smollm2_gguf: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA for SmolLM2 that changes its answers."""
     import gguf
     import numpy as np
 
-    file = tmp_path / "adapter.gguf"
+    file = tmp_path / "lora.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -285,16 +375,31 @@ def test_a_lora_changes_the_answer_by_its_scale(smollm2_gguf: Path, tmp_path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
 
-    def answer(*adapters: tuple[Path, float]) -> str:
-        with edgekit.load(smollm2_gguf, n_ctx=64, n_threads=1, adapters=adapters) as session:
-            return session.complete(STORY, max_tokens=10).text
 
-    plain = answer()
-    assert answer((file, 0.0)) == plain
-    assert answer((file, 1.0)) != plain
+def _story(model: Path, *adapters: Path | tuple[Path, float]) -> str:
+    with edgekit.load(model, n_ctx=64, n_threads=1, adapters=adapters) as session:
+        return session.complete(STORY, max_tokens=10).text
+
+
+def test_a_lora_changes_the_answer_by_its_scale(smollm2_gguf: Path, adapter: Path) -> None:
+    plain = _story(smollm2_gguf)
+    assert _story(smollm2_gguf, (adapter, 0.0)) == plain
+    assert _story(smollm2_gguf, (adapter, 1.0)) != plain
     with pytest.raises(UsageError, match="finite"):
-        answer((file, float("nan")))
+        _story(smollm2_gguf, (adapter, float("nan")))
+
+
+def test_an_adapter_that_the_artifact_ships_is_applied_unless_it_is_given_another_scale(
+    smollm2_gguf: Path, adapter: Path, tmp_path: Path
+) -> None:
+    artifact = artifact_of(tmp_path / "art", smollm2_gguf, adapter=adapter).path
+    shipped = artifact / "adapter.gguf"
+    changed = _story(smollm2_gguf, adapter)
+    assert _story(artifact) == changed
+    assert _story(artifact, shipped) == changed  # once, not twice
+    assert _story(artifact, (shipped, 0.0)) == _story(smollm2_gguf) != changed
 
 
 def test_ctrl_c_stops_a_long_prompt_at_once_and_the_session_lives_on(smollm2_gguf: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_speculated_answer_is_the_greedy_answer(
     monkeypatch.setattr(speculation, "_WORDS", 2)
     params = LoadParams(n_ctx=512, n_threads=1)
     drafted = 0
-    with RUNTIMES.load("llamacpp")().load(quantized, params, trusted=True) as session:
+    with RUNTIMES.load("llamacpp")().load(quantized, params) as session:
         for prompt in PROMPTS:
             session.reset()
             plain = session.complete(prompt, max_tokens=48)
@@ -57,7 +57,7 @@ def test_a_speculated_answer_is_the_greedy_answer(
 
 def test_speculation_pauses_when_drafts_are_never_accepted(smollm2_gguf: Path) -> None:
     params = LoadParams(n_ctx=512, n_threads=1)
-    with RUNTIMES.load("llamacpp")().load(smollm2_gguf, params, trusted=True) as session:
+    with RUNTIMES.load("llamacpp")().load(smollm2_gguf, params) as session:
         prompt = " ".join(f"{i} and {i * i % 7} and" for i in range(60))
         done = session.complete(prompt, max_tokens=60, speculate=True)
         wasted = done.drafted_tokens - done.accepted_tokens

@@ -55,7 +55,9 @@ def test_a_written_out_control_token_comes_back_as_the_same_text(
     wanted.vocab_only = True
     file = llama_source / f"vendor/llama.cpp/models/ggml-vocab-{vocabulary}.gguf"
     model = llama.llama_model_load_from_file(str(file).encode(), wanted)
-    engine = Engine.of_vocabulary(llama.llama_model_get_vocab(model))
+    engine = Engine.__new__(Engine)  # no weights and no context: only text and tokens
+    engine._llama = llama
+    engine._read_vocabulary(llama.llama_model_get_vocab(model))
     controls = engine.control_texts()
     text = f"x{controls[-1]}y {controls[0]}z"
     guard = Guard(controls)
