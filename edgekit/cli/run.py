@@ -6,17 +6,27 @@ Knows options and how to show an answer; the model's work is done by ``edgekit.r
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgekit.cli import show
 from edgekit.errors import UsageError
-from edgekit.runtime import GenerateParams, Generation, Session, load
+from edgekit.runtime import KV_TYPES, POOLINGS, GenerateParams, Generation, Session, load
 
+_log = logging.getLogger("edgekit.runtime")
 _HELP = "/reset forgets the chat, /system TEXT sets a system message, /exit or Ctrl-D leaves."
+
+
+def _number(name: str, text: str) -> Callable[[Any], Any]:
+    """The option for a number among the generation's parameters, with its default there."""
+    default = getattr(GenerateParams, name)
+    flag = "--" + name.replace("_", "-")
+    return click.option(flag, type=type(default), default=default, show_default=True, help=text)
 
 
 @click.command()
@@ -25,14 +35,20 @@ _HELP = "/reset forgets the chat, /system TEXT sets a system message, /exit or C
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without a chat template.")
 @click.option("--system", metavar="TEXT", help="System message of the chat.")
 @click.option("--embed", is_flag=True, help="Print the prompt's embedding instead of an answer.")
-@click.option("--pooling", default="mean", show_default=True, help="With --embed: mean, last, cls.")
+@click.option(
+    "--pooling",
+    type=click.Choice(POOLINGS),
+    default=POOLINGS[0],
+    show_default=True,
+    help="With --embed: from the mean of all tokens, the last, or the first.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--max-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="1 is off.")
+@_number("max_tokens", "Tokens of the longest answer.")
+@_number("temperature", "0 is greedy.")
+@_number("top_p", "Take the likeliest tokens that make up this probability; 1 is off.")
+@_number("top_k", "Take so many of the likeliest tokens; 0 is off.")
+@_number("min_p", "Leave out what is below this part of the best probability; 0 is off.")
+@_number("repeat_penalty", "Make the newest tokens less likely; 1 is off.")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here. Repeatable.")
 @click.option("--logprobs", type=int, default=0, metavar="N", help="Report N alternatives a token.")
@@ -42,9 +58,19 @@ _HELP = "/reset forgets the chat, /system TEXT sets a system message, /exit or C
 @click.option("--n-ctx", type=int, help="Context in tokens [default: the model's, at most 4096].")
 @click.option("--threads", type=int, help="CPU threads [default: measured once, remembered].")
 @click.option("--n-gpu-layers", type=int, help="Layers on the GPU [default: as many as fit].")
-@click.option("--kv-type", default="f16", show_default=True, help="Type of the KV cache.")
+@click.option(
+    "--kv-type",
+    type=click.Choice(KV_TYPES),
+    default="f16",
+    show_default=True,
+    help="Type of the KV cache.",
+)
+@click.option("--no-flash-attention", is_flag=True, help="Keep off the fused attention kernels.")
 @click.option("--lora", multiple=True, metavar="FILE[:SCALE]", help="Apply a LoRA. Repeatable.")
-@click.option("--prompt-cache", type=click.Path(path_type=Path), help="Keep prompts between runs.")
+@click.option(
+    "--prompt-cache", type=click.Path(path_type=Path), help="Keep the prompt's state here."
+)
+@click.option("--runtime", metavar="NAME", help="Engine [default: the one for the format].")
 def command(
     artifact: str,
     prompt: str | None,
@@ -53,6 +79,7 @@ def command(
     embed: bool,
     pooling: str,
     as_json: bool,
+    runtime: str | None,
     **options: Any,
 ) -> None:
     """Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).
@@ -66,12 +93,18 @@ def command(
     if interactive and (as_json or embed or raw):
         raise UsageError("--json, --embed and --raw need a prompt")
     params = _generate_params(options, endless=interactive)
-    with load(artifact, **_load_fields(options), embeddings=embed) as session:
+    if not _log.isEnabledFor(logging.WARNING):
+        _log.setLevel(logging.WARNING)  # a prompt cache that could not be written, even without -v
+    fields = _load_fields(options) | {"embeddings": embed}
+    with load(artifact, runtime=runtime, **fields) as session:
         if prompt is None:
             _chat(session, params, system)
         elif embed:
             vector = session.embed(prompt, pooling=pooling)
-            click.echo(json.dumps({"embedding": vector}) if as_json else " ".join(map(str, vector)))
+            if as_json:
+                show.as_json({"embedding": vector})
+            else:
+                click.echo(" ".join(map(str, vector)))
         else:
             chat = session.has_chat_template and not raw
             if system is not None and not chat:
@@ -86,7 +119,7 @@ def _answer(session: Session, pieces: Iterator[str], as_json: bool) -> None:
         if not as_json:
             click.echo(piece, nl=False)
     if as_json:
-        click.echo(json.dumps(_document(session.last), ensure_ascii=False))
+        show.as_json(_document(session.last))
     else:
         click.echo()
         click.echo(_stats(session.last), err=True)
@@ -217,6 +250,7 @@ def _load_fields(options: dict[str, Any]) -> dict[str, Any]:
         "n_threads": options["threads"],
         "n_gpu_layers": options["n_gpu_layers"],
         "kv_type": options["kv_type"],
+        "flash_attention": not options["no_flash_attention"],
         "adapters": tuple(map(_adapter, options["lora"])),
         "prompt_cache": options["prompt_cache"],
     }

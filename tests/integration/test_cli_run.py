@@ -51,12 +51,38 @@ def test_mistakes_have_exit_code_2_and_one_line(cli: Cli, smollm2_gguf: Path) ->
         ("--json-schema", "{"),
         ("--grammar", "no-such-file"),
         ("--lora", "adapter.gguf:much"),
-        ("--kv-type", "q3"),
         ("--raw", "--system", "x"),
     ):
         done = cli("run", smollm2_gguf, "hi", "--threads", "1", *options)
         assert done.code == 2, options
         assert done.stdout == "" and done.stderr.startswith("error: ")
+
+
+def test_a_choice_that_does_not_exist_is_answered_with_the_choices(
+    cli: Cli, smollm2_gguf: Path
+) -> None:
+    for option, known in (("--kv-type", "q8_0"), ("--pooling", "cls")):
+        done = cli("run", smollm2_gguf, "hi", option, "q3")
+        assert (done.code, done.stdout) == (2, "")
+        assert known in done.stderr
+
+
+def test_the_engine_can_be_named(cli: Cli, smollm2_gguf: Path) -> None:
+    assert cli("run", smollm2_gguf, "hello", "--runtime", "echo").stdout == "hello\n"
+    done = cli("run", smollm2_gguf, "hello", "--runtime", "ecko")
+    assert done.code == 2
+    assert "did you mean 'echo'?" in done.stderr
+
+
+def test_a_prompt_cache_that_cannot_be_written_is_a_warning_beside_the_answer(
+    cli: Cli, smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = ("--max-tokens", "2", "--threads", "1", "--no-flash-attention")
+    done = cli("run", smollm2_gguf, "hi", "--prompt-cache", "file/cache", *options)
+    assert done.code == 0 and done.stdout
+    [warning] = [line for line in done.stderr.splitlines() if "edgekit.runtime" in line]
+    assert "file" in warning
 
 
 def test_a_prompt_that_is_too_long_has_exit_code_7(cli: Cli, smollm2_gguf: Path) -> None:
@@ -69,7 +95,7 @@ def test_a_chat_in_a_terminal_answers_until_the_user_leaves(smollm2_gguf: Path) 
     ours, theirs = pty.openpty()
     arguments = ["run", str(smollm2_gguf), "--max-tokens", "5", "--threads", "1"]
     chat = subprocess.Popen(
-        [sys.executable, "-c", "from edgekit.cli import main; main()", *arguments],
+        [sys.executable, "-m", "edgekit", *arguments],
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
