@@ -29,7 +29,7 @@ from edgekit.errors import (
 )
 from edgekit.formats.foreign import shown
 
-_log = logging.getLogger("edgekit.source")
+_log = logging.getLogger(__name__)
 
 DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

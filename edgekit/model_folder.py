@@ -24,9 +24,9 @@ from edgekit.errors import (
 )
 from edgekit.formats import json_file, pickle_scan, safetensors
 from edgekit.formats.foreign import shown
-from edgekit.model_config import refuse_code
+from edgekit.unsafe_config import refuse_code
 
-_log = logging.getLogger("edgekit.source")
+_log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgekit import _fs
 from edgekit.errors import SourceError, UnknownNameError, UnsupportedModelError, UsageError
-from edgekit.exporters import gguf_tokenizer, hf_weights
+from edgekit.exporters import hf_weights, to_gguf_tokenizer
 from edgekit.exporters.arch.family import Family, Placement
 from edgekit.exporters.hf_weights import Weight
 from edgekit.registry import GGUF_FAMILIES
@@ -121,7 +121,7 @@ def _plan(source: ModelSource, dtype: str) -> tuple[list[_Tensor], Any]:
         _add(writer, f"{family.architecture}.{key}", value)
     writer.add_file_type(_FILE_TYPES[main])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    gguf_tokenizer.add(writer, source, family)
+    to_gguf_tokenizer.add(writer, source, family)
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name,

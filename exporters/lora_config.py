@@ -16,7 +16,7 @@ from typing import Any
 from edgekit.errors import SourceError, UnsafeModelError, UnsupportedModelError
 from edgekit.formats import json_file
 from edgekit.formats.foreign import shown
-from edgekit.model_config import refuse_code
+from edgekit.unsafe_config import refuse_code
 
 CONFIG = "adapter_config.json"
 

@@ -17,9 +17,9 @@ import numpy as np
 from edgekit import __version__, _fs
 from edgekit.errors import ExportError, UnsupportedModelError, UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.exporters.hf_layout import Array, Destination, Layout
-from edgekit.exporters.hf_layouts import layout
-from edgekit.exporters.hf_tokenizer import GgufTokenizer
+from edgekit.exporters.to_hf_families import layout
+from edgekit.exporters.to_hf_layout import Array, Destination, Layout
+from edgekit.exporters.to_hf_tokenizer import GgufTokenizer
 from edgekit.formats import gguf
 from edgekit.source import ModelSource, source
 

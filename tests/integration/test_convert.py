@@ -21,9 +21,15 @@ from edgekit.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from edgekit.exporters import hf_layouts, hf_to_gguf, hf_tokenizer, tokenizer_bpe, tokenizer_files
-from edgekit.exporters.hf_tokenizer import GgufTokenizer
+from edgekit.exporters import (
+    hf_to_gguf,
+    to_hf_families,
+    to_hf_tokenizer,
+    tokenizer_bpe,
+    tokenizer_files,
+)
 from edgekit.exporters.to_hf import MARKER, convert
+from edgekit.exporters.to_hf_tokenizer import GgufTokenizer
 from edgekit.formats import gguf, safetensors
 from edgekit.source import ModelSource, source
 
@@ -224,7 +230,7 @@ def test_real_vocabularies_give_the_expected_ids(llama_source: Path, name: str) 
 def test_the_exporter_recognizes_every_rebuilt_splitting_rule(tmp_path: Path) -> None:
     """The two tables, one for each direction, say the same."""
     same = {"phi-2": "gpt-2", "refact": "smollm", "starcoder": "smollm"}
-    for name, rule in hf_tokenizer.RULES.items():
+    for name, rule in to_hf_tokenizer.RULES.items():
         (tmp_path / "tokenizer.json").write_text(
             json.dumps(
                 {
@@ -428,6 +434,6 @@ def test_the_verb_says_that_quantized_weights_stay_what_they_are(
 
 
 def test_every_layout_is_proved_here() -> None:
-    families = {layout.model_type for layout in hf_layouts.LAYOUTS.values()}
+    families = {layout.model_type for layout in to_hf_families.LAYOUTS.values()}
     proved = {tiny.MODELS[name][0] for name in FAMILIES}
     assert {name.removesuffix("_text") for name in families} == {name.lower() for name in proved}

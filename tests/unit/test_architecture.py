@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where every module stands. A folder's name stands for all modules in it.
 _FLOORS = """
 0  errors _fs _yaml _proc
-1  registry quant formats model_config model_folder hub
+1  registry quant formats unsafe_config model_folder hub
 2  source recipe artifact device target exporter runtime report receipt llama_library machine
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor

@@ -14,7 +14,7 @@ import tiny
 from hf_folder import byte_tokenizer
 
 from edgekit.errors import SourceError, UnsupportedModelError
-from edgekit.exporters import gguf_tokenizer, hf_to_gguf, tokenizer_bpe
+from edgekit.exporters import hf_to_gguf, to_gguf_tokenizer, tokenizer_bpe
 from edgekit.exporters.arch.llama import Llama
 from edgekit.formats import gguf
 from edgekit.source import ModelSource, source
@@ -30,7 +30,7 @@ def vocab_only(folder: Path, vocab_size: int, out: Path) -> Path:
     files = tuple(path.name for path in folder.iterdir())
     writer = GGUFWriter(path=None, arch="llama")
     family = Llama(config)
-    gguf_tokenizer.add(writer, ModelSource("t", "hf", folder, "llama", files, config), family)
+    to_gguf_tokenizer.add(writer, ModelSource("t", "hf", folder, "llama", files, config), family)
     writer.write_header_to_file(path=out)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

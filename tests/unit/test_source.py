@@ -186,7 +186,7 @@ def test_code_beside_the_weights_is_named_in_the_log_and_ignored(
 ) -> None:
     (folder / "modeling_evil.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with caplog.at_level(logging.INFO, "edgekit.source"):
+    with caplog.at_level(logging.INFO, "edgekit.model_folder"):
         found = source(folder)
     assert "modeling_evil.py" in caplog.text
     assert "pytorch_model.bin" in caplog.text

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgekit.errors import UnsupportedModelError
-from edgekit.exporters.hf_layout import Array, Destination, Layout, ReadTensor
+from edgekit.exporters.to_hf_layout import Array, Destination, Layout, ReadTensor
 from edgekit.formats.foreign import shown
 from edgekit.formats.gguf import GgufHeader
 from edgekit.registry import did_you_mean
