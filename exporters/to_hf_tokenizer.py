@@ -1,75 +1,24 @@
 """Rebuilds tokenizer.json and its companions from the vocabulary inside a GGUF file.
 
-Knows how llama.cpp splits text, by the names it gives to its rules; never guesses a rule.
+Knows what llama.cpp leaves unsaid about a vocabulary; never guesses how it splits text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.exporters.pre_tokenizers import RULES, Json, byte_level
 from edgekit.exporters.tokenizer_types import TokenType
 from edgekit.formats.foreign import shown
 from edgekit.formats.gguf import GgufHeader
 from edgekit.registry import did_you_mean
 
-Json = dict[str, Any]
-
 _PREFIX = "tokenizer.ggml."
 _SPACE = "▁"
 _NO_TOKEN = 0xFFFFFFFF
 _MAX_PIECE_CHARS = 256
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA_3 = rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_REST}"
-_QWEN_2 = rf"{_CONTRACTIONS}\p{{N}}{_REST}"
-
-
-def _bytes(*, words: bool) -> Json:
-    """GPT-2's bytes as letters, split into words by its own expression or not."""
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": words,
-    }
-
-
-def _split(pattern: str) -> Json:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What happens to a text before BPE sees it; ``whole_words`` looks words up before merging."""
-
-    steps: tuple[Json, ...]
-    nfc: bool = False
-    whole_words: bool = False
-    adds_bos: bool = False
-
-
-# tokenizer.ggml.pre -> the same rule in the words of the tokenizers library.
-_GPT_2 = _Rule((_bytes(words=True),))
-_DIGITS = _Rule(({"type": "Digits", "individual_digits": True}, _bytes(words=True)))
-RULES: dict[str, _Rule] = {
-    "gpt-2": _GPT_2,
-    "phi-2": _GPT_2,
-    "smollm": _DIGITS,
-    "refact": _DIGITS,
-    "starcoder": _DIGITS,
-    "llama-bpe": _Rule((_split(_LLAMA_3), _bytes(words=False)), whole_words=True, adds_bos=True),
-    "dbrx": _Rule((_split(_LLAMA_3), _bytes(words=False))),
-    "qwen2": _Rule((_split(_QWEN_2), _bytes(words=False)), nfc=True),
-}
 
 
 class GgufTokenizer:
@@ -198,7 +147,7 @@ class GgufTokenizer:
             "post_processor": self._template(
                 bos=self._adds("bos", rule.adds_bos), eos=self._adds("eos", False)
             ),
-            "decoder": _bytes(words=True),
+            "decoder": byte_level(words=True),
             "model": _bpe(self._vocabulary(), self._merges(), ignore_merges=rule.whole_words),
         }
 
@@ -268,7 +217,7 @@ class GgufTokenizer:
     def _template(self, *, bos: int | None, eos: int | None) -> Json | None:
         """What is put around a text when special tokens are asked for."""
         if bos is None and eos is None:
-            return _bytes(words=True) if self._kind == "gpt2" else None
+            return byte_level(words=True) if self._kind == "gpt2" else None
 
         def around(letter: str, segment: int) -> list[Json]:
             parts: list[Json] = [{"Sequence": {"id": letter, "type_id": segment}}]

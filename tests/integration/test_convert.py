@@ -23,8 +23,8 @@ from edgekit.errors import (
 )
 from edgekit.exporters import (
     hf_to_gguf,
+    pre_tokenizers,
     to_hf_families,
-    to_hf_tokenizer,
     tokenizer_bpe,
     tokenizer_files,
 )
@@ -228,9 +228,9 @@ def test_real_vocabularies_give_the_expected_ids(llama_source: Path, name: str) 
 
 
 def test_the_exporter_recognizes_every_rebuilt_splitting_rule(tmp_path: Path) -> None:
-    """The two tables, one for each direction, say the same."""
+    """One table, read in both directions; equal rules get the first of their names."""
     same = {"phi-2": "gpt-2", "refact": "smollm", "starcoder": "smollm"}
-    for name, rule in to_hf_tokenizer.RULES.items():
+    for name, rule in pre_tokenizers.RULES.items():
         (tmp_path / "tokenizer.json").write_text(
             json.dumps(
                 {

@@ -14,7 +14,7 @@ import tiny
 from hf_folder import byte_tokenizer
 
 from edgekit.errors import SourceError, UnsupportedModelError
-from edgekit.exporters import hf_to_gguf, to_gguf_tokenizer, tokenizer_bpe
+from edgekit.exporters import hf_to_gguf, pre_tokenizers, to_gguf_tokenizer
 from edgekit.exporters.arch.llama import Llama
 from edgekit.formats import gguf
 from edgekit.source import ModelSource, source
@@ -88,9 +88,10 @@ def test_the_rule_of_llama_3_with_merges_in_order_is_dbrx(tmp_path: Path) -> Non
     check(out, [(text, own.encode(text, add_special_tokens=False).ids) for text in texts])
 
 
-def test_every_known_pre_tokenizer_is_tested_above() -> None:
-    tested = {"gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2"}
-    assert set(tokenizer_bpe._NAMES.values()) == tested
+def test_every_splitting_rule_is_tested_above() -> None:
+    tested = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2")
+    rules = [pre_tokenizers.RULES[name] for name in tested]
+    assert all(rule in rules for rule in pre_tokenizers.RULES.values())
 
 
 def test_runs_of_spaces_split_as_the_tokenizer_splits_them(tmp_path: Path) -> None:
