@@ -1,4 +1,4 @@
-"""The float weights of a Hugging Face folder, read in blocks of rows and turned into GGUF's types.
+"""The float weights of a Hugging Face folder, read in blocks of rows; and the three float types.
 
 Knows where each tensor lies and how its bits are read; never knows what a tensor is for.
 """
@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from edgekit.errors import ExportError, SourceError, UnsupportedModelError
 from edgekit.formats import safetensors
-from edgekit.model_folder import as_source
+from edgekit.model_folder import WEIGHTS, WEIGHTS_INDEX, as_source
 from edgekit.source import ModelSource
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 BLOCK_BYTES = 4 << 20
 
 # Bits as numpy holds them; numpy has no bfloat16, so those stay raw until they are widened.
@@ -59,27 +57,29 @@ def find(source: ModelSource) -> dict[str, Weight]:
     UnsupportedModelError for tensors that are not F32, F16 or BF16, and for scalars.
     """
     shard_of: dict[str, str] = {}
-    if INDEX_NAME in source.files:
-        with as_source(source.file_path(INDEX_NAME)):
-            shard_of = safetensors.read_index(source.file_path(INDEX_NAME))
+    if WEIGHTS_INDEX in source.files:
+        with as_source(source.file_path(WEIGHTS_INDEX)):
+            shard_of = safetensors.read_index(source.file_path(WEIGHTS_INDEX))
         names = sorted(set(shard_of.values()))
-    elif SINGLE_NAME in source.files:
-        names = [SINGLE_NAME]
+    elif WEIGHTS in source.files:
+        names = [WEIGHTS]
     else:
         raise SourceError(
-            f"{source.path} has no {SINGLE_NAME}",
+            f"{source.path} has no {WEIGHTS}",
             hint="save the model with save_pretrained(..., safe_serialization=True)",
         )
     found: dict[str, Weight] = {}
     for file_name in names:
         if file_name not in source.files:
-            raise SourceError(f"{INDEX_NAME} names '{file_name}', which is not in {source.path}")
+            raise SourceError(f"{WEIGHTS_INDEX} names '{file_name}', which is not in {source.path}")
         path = source.file_path(file_name)
         with as_source(path):
             tensors = safetensors.read(path).tensors
         for tensor in tensors.values():
             if shard_of and shard_of.get(tensor.name) != file_name:
-                raise SourceError(f"{INDEX_NAME} does not say that {file_name} has '{tensor.name}'")
+                raise SourceError(
+                    f"{WEIGHTS_INDEX} does not say that {file_name} has '{tensor.name}'"
+                )
             if tensor.dtype not in _STORED or not tensor.shape:
                 raise UnsupportedModelError(
                     f"tensor '{tensor.name}' is {tensor.dtype} {list(tensor.shape)}, "
@@ -90,7 +90,7 @@ def find(source: ModelSource) -> dict[str, Weight]:
                 tensor.name, path, tensor.dtype, tuple(tensor.shape), tensor.offset
             )
     if missing := sorted(set(shard_of) - set(found)):
-        raise SourceError(f"tensor '{missing[0]}' of {INDEX_NAME} is in none of its shards")
+        raise SourceError(f"tensor '{missing[0]}' of {WEIGHTS_INDEX} is in none of its shards")
     return found
 
 
@@ -149,7 +149,7 @@ def from_float32(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[
         except FloatingPointError:
             raise ExportError(
                 f"'{name}' holds values beyond the range of F16 (65504)",
-                hint="export to BF16 or F32 instead",
+                hint="choose BF16 or F32",
             ) from None
     bits = np.ascontiguousarray(values).view(np.uint32)
     # Half of the dropped part, and one bit less when the kept part is even already.

@@ -6,7 +6,7 @@ Knows how the folder is written; what a family or a tokenizer is, others know. R
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,19 +15,20 @@ import gguf as ggml
 import numpy as np
 
 from edgekit import __version__, _fs
-from edgekit.errors import ExportError, UnsupportedModelError, UsageError
+from edgekit.errors import UnsupportedModelError, UsageError
 from edgekit.exporter import Progress, no_progress
+from edgekit.exporters.hf_weights import from_float32, stored_type
 from edgekit.exporters.to_hf_families import layout
 from edgekit.exporters.to_hf_layout import Array, Destination, Layout
 from edgekit.exporters.to_hf_tokenizer import GgufTokenizer
 from edgekit.formats import gguf
+from edgekit.model_folder import WEIGHTS
 from edgekit.source import ModelSource, source
 
 MARKER = "edgekit_convert.json"
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_VALUE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _BLOCK_VALUES = 4 << 20  # dequantized at a time, where no change needs the whole tensor
 
 
@@ -66,18 +67,18 @@ def convert(
     out = Path(out).absolute()
     header = gguf.read(found.path)
     stored = header.main_type()
-    kind = DTYPES[dtype] if dtype else (stored if stored in _VALUE_BYTES else "F32")
+    kind = DTYPES[dtype] if dtype else (stored if stored in _TORCH_NAMES else "F32")
     with found.path.open("rb") as file:
         family = layout(header, lambda name: _whole(file, header.tensor(name)))
         tensors = _plan(header, family)
         texts = _texts(header, family, kind)
-        size_bytes = sum(tensor.stored.elements for tensor in tensors) * _VALUE_BYTES[kind]
+        size_bytes = sum(tensor.stored.elements for tensor in tensors) * _value_bytes(kind)
         _fs.require_space(out, size_bytes + sum(map(len, texts.values())))
         with _fs.staged(out, owns=lambda folder: (folder / MARKER).is_file()) as folder:
             texts[MARKER] = _json_bytes(_provenance(found, stored, kind, progress))
             for name, text in texts.items():
                 (folder / name).write_bytes(text)
-            _write_weights(folder / "model.safetensors", file, tensors, kind, progress)
+            _write_weights(folder / WEIGHTS, file, tensors, kind, progress)
     return source(out)
 
 
@@ -96,6 +97,10 @@ def _provenance(found: ModelSource, stored: str, kind: str, progress: Progress) 
         "type": stored,
         "dtype": kind,
     }
+
+
+def _value_bytes(kind: str) -> int:
+    return int(stored_type(kind).itemsize)
 
 
 def _json_bytes(body: dict[str, Any]) -> bytes:
@@ -180,7 +185,7 @@ def _write_weights(
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + tensor.stored.elements * _VALUE_BYTES[kind]
+        start, end = end, end + tensor.stored.elements * _value_bytes(kind)
         entries[tensor.destination.name] = {
             "dtype": kind,
             "shape": tensor.shape,
@@ -193,8 +198,9 @@ def _write_weights(
         done = 0
         for tensor in tensors:
             for block in _changed(file, tensor):
-                weights.write(_PACK[kind](block, tensor.stored.name))
-                done += block.size * _VALUE_BYTES[kind]
+                bits = from_float32(block, kind, tensor.stored.name)
+                weights.write(bits.reshape(-1).view(np.uint8).data)
+                done += bits.nbytes
                 progress("dequantize", done, end)
 
 
@@ -203,31 +209,3 @@ def _changed(file: BinaryIO, tensor: _Tensor) -> Iterator[Array]:
         yield from _blocks(file, tensor.stored, _BLOCK_VALUES)
     else:
         yield tensor.destination.change(_whole(file, tensor.stored))
-
-
-def _pack_f32(values: Array, _name: str) -> bytes:
-    return values.astype("<f4", copy=False).tobytes()
-
-
-def _pack_f16(values: Array, name: str) -> bytes:
-    with np.errstate(over="ignore"):
-        packed = values.astype("<f2")
-    if not np.array_equal(np.isfinite(packed), np.isfinite(values)):
-        raise ExportError(f"{name} has values too large for float16", hint="use --dtype bf16")
-    return packed.tobytes()
-
-
-def _pack_bf16(values: Array, _name: str) -> bytes:
-    """The upper halves of the float32 bits, rounded to the nearest even."""
-    bits = values.astype("<f4", copy=False).view("<u4")
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN into infinity; a quiet NaN keeps its upper half.
-    rounded = np.where(np.isnan(values), (bits >> 16) | 0x40, rounded)
-    return rounded.astype("<u2").tobytes()
-
-
-_PACK: dict[str, Callable[[Array, str], bytes]] = {
-    "F32": _pack_f32,
-    "F16": _pack_f16,
-    "BF16": _pack_bf16,
-}
