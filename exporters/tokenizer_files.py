@@ -16,7 +16,6 @@ from edgekit.source import ModelSource
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_EXTRA_TEMPLATES = "additional_chat_templates/"
 
 
 @dataclass(frozen=True)
@@ -190,12 +189,7 @@ class TokenizerFiles:
     def chat_templates(self) -> dict[str, str]:
         """Name -> Jinja text; the main one is called "default". Empty when there is none."""
         if self.has("chat_template.jinja"):
-            found = {"default": self._template("chat_template.jinja")}
-            for name in sorted(self._source.files):
-                if name.startswith(_EXTRA_TEMPLATES) and name.endswith(".jinja"):
-                    short = name.removeprefix(_EXTRA_TEMPLATES).removesuffix(".jinja")
-                    found[short] = self._template(name)
-            return found
+            return {"default": self._template("chat_template.jinja")}
         template = self.config.get("chat_template")
         if template is None:
             template = self._mapping("chat_template.json", _MAX_TEMPLATE_BYTES).get("chat_template")
