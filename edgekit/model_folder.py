@@ -35,17 +35,14 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 # What repositories call them; other safetensors there are copies in another layout.
 _WEIGHTS_NAME = re.compile(r"model(-\d+-of-\d+)?\.safetensors", re.ASCII)
 
-# Everything beside the weights that can change what an export writes.
+# Everything beside the weights that is read, if only to refuse the code that it asks for.
 COMPANIONS = (
     CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -106,15 +103,20 @@ def _present(folder: Path, name: str) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file in ``folder`` that is safe to open."""
+def safe_path(folder: Path, name: str) -> Path:
+    """The path of ``name`` in ``folder``, whether it exists or not; UnsafeModelError for a link and
+    for a name that leaves the folder.
+    """
     try:
-        path = _fs.contained(folder, name)
+        return _fs.contained(folder, name)
     except UnsafePathError as error:
         raise UnsafeModelError(
-            f"{folder}: {error.message}",
-            hint="copy the folder with `cp -rL` to get plain files, or give its hub id",
+            f"{folder}: {error.message}", hint="copy the folder with `cp -rL` to get plain files"
         ) from None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = safe_path(folder, name)
     if not path.is_file():
         raise SourceError(f"{path} is missing or not a file", hint="download the model again")
     return path
@@ -160,13 +162,18 @@ def as_source(path: Path) -> Iterator[None]:
         raise SourceError(error.message, hint=error.hint) from None
 
 
-def refuse_without_weights(origin: str, names: Iterable[str]) -> NoReturn:
-    """Say why a folder or repository without safetensors weights is of no use."""
-    names = sorted(names)
-    if pickles := [name for name in names if pickle_scan.named_like_pickle(name)]:
+def refuse_pickles(origin: str, names: Iterable[str]) -> None:
+    """Raise UnsafeModelError if a file's name says that it is a pickle."""
+    if pickles := sorted(name for name in names if pickle_scan.named_like_pickle(name)):
         raise UnsafeModelError(
             f"{origin} has its weights only as a pickle ({shown(pickles[0])})", hint=PICKLE_HINT
         )
+
+
+def refuse_without_weights(origin: str, names: Iterable[str]) -> NoReturn:
+    """Say why a folder or repository without safetensors weights is of no use."""
+    names = sorted(names)
+    refuse_pickles(origin, names)
     if files := [name for name in names if name.endswith(".gguf")]:
         raise SourceError(
             f"{origin} holds GGUF files and no {WEIGHTS}",
