@@ -19,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import _fs
-from edgekit.errors import SourceError, UnknownNameError, UnsupportedModelError, UsageError
+from edgekit.errors import SourceError, UsageError
 from edgekit.exporters import hf_weights, to_gguf_tokenizer
-from edgekit.exporters.arch.family import Family, Placement
+from edgekit.exporters.arch.family import Family, Placement, family_of
 from edgekit.exporters.hf_weights import Weight
-from edgekit.registry import GGUF_FAMILIES
 from edgekit.source import ModelSource
 
 Patch = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
@@ -111,7 +110,7 @@ def _plan(source: ModelSource, dtype: str) -> tuple[list[_Tensor], Any]:
     """What the file will hold: its tensors in order, and a writer that knows all metadata."""
     if dtype not in {*_FILE_TYPES, "native"}:
         raise UsageError(f"float type must be F32, F16, BF16 or native, not {dtype!r}")
-    family = _family(source)
+    family = family_of(source)
     weights = hf_weights.find(source)
     tensors = _tensors(family, weights, dtype)
     writer = gguf.GGUFWriter(path=None, arch=family.architecture)
@@ -131,17 +130,6 @@ def _plan(source: ModelSource, dtype: str) -> tuple[list[_Tensor], Any]:
             raw_dtype=_TENSOR_TYPES[tensor.dtype],
         )
     return tensors, writer
-
-
-def _family(source: ModelSource) -> Family:
-    try:
-        kind = GGUF_FAMILIES.load(source.family)
-    except UnknownNameError as error:
-        raise UnsupportedModelError(
-            f"'{source.family}' models cannot be written as GGUF", hint=error.hint
-        ) from None
-    family: Family = kind(source.config)
-    return family
 
 
 def _main_type(weights: dict[str, Weight]) -> str:

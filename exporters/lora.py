@@ -19,15 +19,14 @@ import gguf
 import numpy as np
 
 from edgekit import _fs
-from edgekit.errors import ArtifactError, SourceError, UnsafeModelError, UnsupportedModelError
+from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.exporters import hf_weights
-from edgekit.exporters.arch.family import Array, Family, Placement
+from edgekit.exporters.arch.family import Array, Family, Placement, family_of
 from edgekit.exporters.hf_weights import Weight
 from edgekit.exporters.lora_config import CONFIG, MERGE_HINT, LoraConfig
-from edgekit.formats import pickle_scan, safetensors
+from edgekit.formats import safetensors
 from edgekit.formats.foreign import shown
-from edgekit.model_folder import PICKLE_HINT
-from edgekit.registry import GGUF_FAMILIES
+from edgekit.model_folder import as_source, refuse_pickles, safe_path
 from edgekit.source import ModelSource
 
 WEIGHTS = "adapter_model.safetensors"
@@ -112,7 +111,7 @@ class Adapter:
         Reads headers alone (and embeddings that the adapter has a copy of), so that an export can
         be refused before it starts. Raises UnsupportedModelError where such a copy differs.
         """
-        for _ in self._targets(source, _family(source)):
+        for _ in self._targets(source, family_of(source)):
             pass
 
     def _targets(self, source: ModelSource, family: Family) -> Iterator[tuple[_Pair, Placement]]:
@@ -156,8 +155,6 @@ def open_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise SourceError(f"{folder} is no folder", hint="give the folder that PEFT saved")
     config_path, weights_path = _file(folder, CONFIG), _file(folder, WEIGHTS)
-    if pickle_scan.begins_like_pickle(weights_path):
-        raise UnsafeModelError(f"{weights_path} is a pickle under another name", hint=PICKLE_HINT)
     config = LoraConfig.read(config_path)
     digest = hashlib.sha256()
     for path in (config_path, weights_path):
@@ -173,7 +170,7 @@ def write_gguf(adapter: Adapter, source: ModelSource, out: Path) -> None:
     one alpha a file and divides it by each rank, so whatever else scales a matrix goes into its B.
     Raises what ``Adapter.check`` raises.
     """
-    family = _family(source)
+    family = family_of(source)
     targets = sorted(adapter._targets(source, family), key=lambda target: target[1].name)
     writer = gguf.GGUFWriter(path=out, arch=family.architecture)
     with _fs.disk_errors(out):
@@ -197,25 +194,12 @@ def write_gguf(adapter: Adapter, source: ModelSource, out: Path) -> None:
             writer.close()
 
 
-def _family(source: ModelSource) -> Family:
-    family: Family = GGUF_FAMILIES.load(source.family)(source.config)
-    return family
-
-
 def _file(folder: Path, name: str) -> Path:
     """A file of the folder that is safe to open."""
-    try:
-        path = _fs.contained(folder, name)
-    except ArtifactError as error:
-        raise UnsafeModelError(
-            f"{folder}: {error.message}", hint="copy the folder with `cp -rL` to get plain files"
-        ) from None
+    path = safe_path(folder, name)
     if path.is_file():
         return path
-    if pickles := sorted(p.name for p in folder.iterdir() if pickle_scan.named_like_pickle(p.name)):
-        raise UnsafeModelError(
-            f"{folder} has its weights only as a pickle ({shown(pickles[0])})", hint=PICKLE_HINT
-        )
+    refuse_pickles(str(folder), [other.name for other in folder.iterdir()])
     raise SourceError(f"{folder} has no {name}", hint="give the folder that PEFT saved")
 
 
@@ -229,10 +213,8 @@ def _core(name: str) -> str:
 
 def _contents(config: LoraConfig, path: Path) -> tuple[dict[str, _Pair], list[tuple[str, Weight]]]:
     """The changes and the copies in the file, by the names that ``_core`` gives."""
-    try:
+    with as_source(path):
         tensors = safetensors.read(path).tensors
-    except ArtifactError as error:
-        raise SourceError(error.message, hint=error.hint) from None
     found: dict[str, dict[str, Weight]] = {}
     copies: list[tuple[str, Weight]] = []
     for name, tensor in tensors.items():

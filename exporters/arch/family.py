@@ -13,9 +13,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.errors import SourceError, UnknownNameError, UnsupportedModelError
 from edgekit.exporters.arch import rope
 from edgekit.exporters.arch.config import Config
+from edgekit.registry import GGUF_FAMILIES
+from edgekit.source import ModelSource
 
 Value = bool | int | float | str
 Array = NDArray[np.float32]
@@ -168,3 +170,18 @@ class Family:
     def extra_tensors(self) -> dict[str, Array]:
         """Tensors that llama.cpp wants and the source holds only as numbers in its config."""
         return {}
+
+
+def family_of(source: ModelSource) -> Family:
+    """The family of a Hugging Face folder.
+
+    Raises what ``Family`` raises, and UnsupportedModelError for a ``model_type`` without a row.
+    """
+    try:
+        kind = GGUF_FAMILIES.load(source.family)
+    except UnknownNameError as error:
+        raise UnsupportedModelError(
+            f"'{source.family}' models cannot be written as GGUF", hint=error.hint
+        ) from None
+    family: Family = kind(source.config)
+    return family
