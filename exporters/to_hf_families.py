@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgekit.errors import UnsupportedModelError
+from edgekit.exporters.arch.gemma3 import layer_types, query_scale
+from edgekit.exporters.arch.phi3 import attention_factor
+from edgekit.exporters.arch.rope import Rope
 from edgekit.exporters.to_hf_layout import Array, Destination, Layout, ReadTensor
 from edgekit.formats.foreign import shown
 from edgekit.formats.gguf import GgufHeader
@@ -18,6 +21,8 @@ from edgekit.registry import did_you_mean
 
 
 class Llama(Layout):
+    """Llama 2 and 3, TinyLlama, SmolLM2: the rows of a head go back into transformers' order."""
+
     model_type = "llama"
     model_class = "LlamaForCausalLM"
     spoken = ("rope_freqs.weight",)
@@ -69,7 +74,7 @@ class Llama(Layout):
         divisors = self.read("rope_freqs.weight").reshape(-1)
         theta = self.number("rope.freq_base", 10000.0)
         for scaling in _LLAMA3_SCALINGS:
-            known = llama3_divisors(scaling, theta, self.head_dim)
+            known = Rope(theta, "llama3", scaling).llama3_divisors(self.head_dim)
             if known.shape == divisors.shape and np.allclose(known, divisors, rtol=1e-5):
                 return {"rope_type": "llama3", **scaling}
         raise UnsupportedModelError(
@@ -91,19 +96,9 @@ _LLAMA3_SCALINGS: tuple[dict[str, float | int], ...] = tuple(
 )
 
 
-def llama3_divisors(scaling: dict[str, float | int], theta: float, head_dim: int) -> Array:
-    """What Llama 3 divides each rotary frequency by, float32 [head_dim / 2].
-
-    Formula: ``_compute_llama3_parameters`` of transformers' modeling_rope_utils.py.
-    """
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = np.clip((waves - low) / (high - low), 0, 1)
-    return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
-
-
 class Qwen2(Layout):
+    """Qwen2 and Qwen2.5: Llama's names, with heads in the same order in both formats."""
+
     model_type = "qwen2"
     model_class = "Qwen2ForCausalLM"
     top = Llama.top
@@ -118,6 +113,8 @@ class Qwen2(Layout):
 
 
 class Qwen3(Qwen2):
+    """Qwen3 (dense): the norms of its heads have names of their own."""
+
     model_type = "qwen3"
     model_class = "Qwen3ForCausalLM"
     block: ClassVar[dict[str, str]] = {
@@ -132,6 +129,8 @@ class Qwen3(Qwen2):
 
 
 class Gpt2(Layout):
+    """GPT-2: another set of keys in config.json, and matrices stored the other way round."""
+
     model_type = "gpt2"
     model_class = "GPT2LMHeadModel"
     top: ClassVar[dict[str, str]] = {
@@ -175,6 +174,8 @@ class Gpt2(Layout):
 
 
 class Phi2(Layout):
+    """Phi-1, Phi-1.5 and Phi-2: heads that turn in part."""
+
     model_type = "phi"
     model_class = "PhiForCausalLM"
     top: ClassVar[dict[str, str]] = {
@@ -213,6 +214,8 @@ class Phi2(Layout):
 
 
 class Phi3(Phi2):
+    """Phi-3, Phi-3.5 and Phi-4: the factors of a long context come back from their tensors."""
+
     model_type = "phi3"
     model_class = "Phi3ForCausalLM"
     spoken = ("rope_factors_long.weight", "rope_factors_short.weight")
@@ -243,8 +246,7 @@ class Phi3(Phi2):
     def rope_scaling(self) -> dict[str, Any] | None:
         if "rope_factors_long.weight" not in self.names:
             return super().rope_scaling()
-        stretch = max(1.0, self.integer("context_length") / self._trained_length)
-        expected = math.sqrt(1 + math.log(stretch) / math.log(self._trained_length))
+        expected = attention_factor(self.integer("context_length"), self._trained_length)
         if not math.isclose(
             self.number("rope.scaling.attn_factor", expected), expected, rel_tol=1e-4
         ):
@@ -287,20 +289,16 @@ class Gemma3(Layout):
         return Destination(name, _minus_one if stem.endswith("norm") else None)
 
     def own_config(self) -> dict[str, Any]:
-        # llama.cpp scales queries by the head, but those of the 27B model (62 layers) by the width
-        # over the heads: https://github.com/google/gemma_pytorch, config.py, query_pre_attn_scalar.
-        scale = self.width // self.heads if self.layers == 62 else self.head_dim
         capped = f"{self.header.architecture}.final_logit_softcapping" in self.header.metadata
         return {
             "head_dim": self.head_dim,
             "hidden_activation": "gelu_pytorch_tanh",
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
-            "query_pre_attn_scalar": scale,
+            "query_pre_attn_scalar": query_scale(
+                self.layers, self.width, self.heads, self.head_dim
+            ),
             "sliding_window": self.integer("attention.sliding_window"),
-            "layer_types": [
-                "sliding_attention" if (layer + 1) % 6 else "full_attention"
-                for layer in range(self.layers)
-            ],
+            "layer_types": layer_types(self.layers),
             "attention_bias": False,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": self.number("final_logit_softcapping") if capped else None,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.exporters.arch.rope import YARN_NUMBERS
 from edgekit.formats.foreign import shown
 from edgekit.formats.gguf import GgufHeader
 
@@ -174,11 +175,7 @@ class Layout:
         if kind == "yarn":
             key = "original_max_position_embeddings"
             scaling[key] = self.integer("rope.scaling.original_context_length")
-            for new, old in (
-                ("attention_factor", "yarn_attn_factor"),
-                ("beta_fast", "yarn_beta_fast"),
-                ("beta_slow", "yarn_beta_slow"),
-            ):
+            for new, old in YARN_NUMBERS.items():
                 if f"{self.header.architecture}.rope.scaling.{old}" in self.header.metadata:
                     scaling[new] = self.number(f"rope.scaling.{old}")
         return scaling

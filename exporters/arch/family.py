@@ -136,11 +136,7 @@ class Family:
             found["rope.scaling.original_context_length"] = self.rope.integer(
                 "original_max_position_embeddings"
             )
-            for key, name in (
-                ("attention_factor", "yarn_attn_factor"),
-                ("beta_fast", "yarn_beta_fast"),
-                ("beta_slow", "yarn_beta_slow"),
-            ):
+            for key, name in rope.YARN_NUMBERS.items():
                 if key in self.rope.values:
                     found[f"rope.scaling.{name}"] = self.rope.number(key)
         return found

@@ -51,17 +51,11 @@ class Gemma3(Family):
         self.config.expect("attention_bias", False)
         self.config.expect("sliding_window_pattern", _PATTERN)
         self.config.expect("_sliding_window_pattern", _PATTERN)
-        kinds = [
-            "full_attention" if (index + 1) % _PATTERN == 0 else "sliding_attention"
-            for index in range(self.layers)
-        ]
-        if self.config.get("layer_types") not in (None, kinds):
+        if self.config.get("layer_types") not in (None, layer_types(self.layers)):
             raise UnsupportedModelError("gemma3 models whose full layers are not every sixth")
-        # llama.cpp scales queries by the head, but for the 27B model: https://github.com/google/
-        # gemma_pytorch, config.py, query_pre_attn_scalar.
         scale = self.config.integer("query_pre_attn_scalar")
-        width = self.config.integer("hidden_size") // self.heads
-        if scale != (width if self.layers == 62 else self.head_dim):
+        width = self.config.integer("hidden_size")
+        if scale != query_scale(self.layers, width, self.heads, self.head_dim):
             raise UnsupportedModelError(f"gemma3 models with query_pre_attn_scalar={scale}")
 
     def metadata(self) -> dict[str, Value]:
@@ -87,6 +81,23 @@ class Gemma3(Family):
             # transformers multiplies by 1 + weight, llama.cpp by the weight.
             return Placement(placed.name, _plus_one)
         return placed
+
+
+def layer_types(layers: int) -> list[str]:
+    """transformers' words for which layers have a window."""
+    return [
+        "sliding_attention" if (layer + 1) % _PATTERN else "full_attention"
+        for layer in range(layers)
+    ]
+
+
+def query_scale(layers: int, width: int, heads: int, head_dim: int) -> int:
+    """By the root of what llama.cpp divides queries: the head, or the width over the heads in the
+    27B model, which it knows by its 62 layers.
+
+    https://github.com/google/gemma_pytorch, config.py, query_pre_attn_scalar.
+    """
+    return width // heads if layers == 62 else head_dim
 
 
 def _plus_one(gain: Array) -> Array:

@@ -1,16 +1,14 @@
 """Llama and everything built like it: TinyLlama, SmolLM2, Llama 2, Llama 3.
 
-Knows how llama.cpp orders rotated heads and scales their frequencies; never opens a file.
+Knows how llama.cpp orders rotated heads; never opens a file.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gguf
-import numpy as np
 
 from edgekit.errors import UnsupportedModelError
 from edgekit.exporters.arch.family import Array, Family, Placement, Value
@@ -67,31 +65,4 @@ class Llama(Family):
     def extra_tensors(self) -> dict[str, Array]:
         if self.rope.scaling != "llama3":
             return {}
-        return {"rope_freqs.weight": self._llama3_divisors()}
-
-    def _llama3_divisors(self) -> Array:
-        """What each rotary frequency is divided by, float32 [head_dim / 2].
-
-        Long waves are divided by ``factor``, short ones stay, those between are blended; see
-        ``_compute_llama3_parameters`` of transformers' modeling_rope_utils.py.
-        """
-        factor = self.rope.number("factor")
-        low = self.rope.number("low_freq_factor")
-        high = self.rope.number("high_freq_factor")
-        trained = self.rope.number("original_max_position_embeddings")
-        if not (factor > 0 and 0 < low < high and trained > 0):
-            raise UnsupportedModelError("llama3 rope scaling needs 0 < low_freq_factor < high")
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        # In float32 and in this order, so that the bits are those of llama.cpp's own conversion.
-        frequencies = np.float32(1) / np.float32(self.rope.theta) ** exponents
-        divisors = []
-        for wave in np.float32(2 * math.pi) / frequencies:
-            if wave < trained / high:
-                divisors.append(np.float32(1))
-            elif wave > trained / low:
-                divisors.append(np.float32(factor))
-            else:
-                kept = (np.float32(trained) / wave - np.float32(low)) / np.float32(high - low)
-                blend = (np.float32(1) - kept) / np.float32(factor) + kept
-                divisors.append(np.float32(1) / blend)
-        return np.array(divisors, dtype=np.float32)
+        return {"rope_freqs.weight": self.rope.llama3_divisors(self.head_dim)}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 
-from edgekit.errors import SourceError
+from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.exporters.arch.family import Array, Family, Value
 
 
@@ -58,15 +58,10 @@ class Phi3(Family):
             else self.config.integer("sliding_window"),
         }
         if self.rope.scaling == "longrope":
-            found["rope.scaling.attn_factor"] = self._attention_factor()
+            found["rope.scaling.attn_factor"] = attention_factor(
+                self.config.integer("max_position_embeddings"), self._trained_length
+            )
         return found
-
-    def _attention_factor(self) -> float:
-        """sqrt(1 + ln(s) / ln(L)), s = context / L; LongRoPE, https://arxiv.org/abs/2402.13753."""
-        stretch = self.config.integer("max_position_embeddings") / self._trained_length
-        if stretch <= 1:
-            return 1.0
-        return math.sqrt(1 + math.log(stretch) / math.log(self._trained_length))
 
     def extra_tensors(self) -> dict[str, Array]:
         if self.rope.scaling != "longrope":
@@ -80,3 +75,17 @@ class Phi3(Family):
                 )
             found[f"rope_factors_{kind}.weight"] = np.array(factors, dtype=np.float32)
         return found
+
+
+def attention_factor(context_length: int, trained_length: int) -> float:
+    """How much longer queries and keys become: sqrt(1 + ln(s) / ln(L)), s = context / L.
+
+    LongRoPE, https://arxiv.org/abs/2402.13753.
+    Raises UnsupportedModelError for a trained length whose logarithm is no divisor.
+    """
+    if trained_length < 2:
+        raise UnsupportedModelError(f"longrope models trained for {trained_length} positions")
+    stretch = context_length / trained_length
+    if stretch <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(stretch) / math.log(trained_length))

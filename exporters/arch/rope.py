@@ -1,13 +1,18 @@
 """Rotary positions of a config.json, in the words of transformers 4 and of transformers 5.
 
-Knows how both spell a base and a scaling; never picks one when the file contradicts itself.
+Knows how both spell a base and a scaling, and what a scaling does to the frequencies; never picks
+one when the file contradicts itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.exporters.arch.config import Config, finite
@@ -33,6 +38,14 @@ _KEYS: dict[str, set[str]] = {
 }
 _ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _OLD_NAMES = {"su": "longrope"}
+
+# What config.json calls a number of yarn, and what GGUF calls it below "rope.scaling."; both may
+# leave it out.
+YARN_NUMBERS = {
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,33 @@ class Rope:
         if not isinstance(value, list):
             raise SourceError(f"config.json: 'rope_parameters.{key}' must be a list")
         return [finite(f"rope_parameters.{key}", each) for each in value]
+
+    def llama3_divisors(self, head_dim: int) -> NDArray[np.float32]:
+        """What each rotary frequency is divided by, float32 [head_dim / 2].
+
+        Long waves are divided by ``factor``, short ones stay, those between are blended; see
+        ``_compute_llama3_parameters`` of transformers' modeling_rope_utils.py.
+        """
+        factor = self.number("factor")
+        low = self.number("low_freq_factor")
+        high = self.number("high_freq_factor")
+        trained = self.number("original_max_position_embeddings")
+        if not (factor > 0 and 0 < low < high and trained > 0):
+            raise UnsupportedModelError("llama3 rope scaling needs 0 < low_freq_factor < high")
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        # In float32 and in this order, so that the bits are those of llama.cpp's own conversion.
+        frequencies = np.float32(1) / np.float32(self.theta) ** exponents
+        divisors = []
+        for wave in np.float32(2 * math.pi) / frequencies:
+            if wave < trained / high:
+                divisors.append(np.float32(1))
+            elif wave > trained / low:
+                divisors.append(np.float32(factor))
+            else:
+                kept = (np.float32(trained) / wave - np.float32(low)) / np.float32(high - low)
+                blend = (np.float32(1) - kept) / np.float32(factor) + kept
+                divisors.append(np.float32(1) / blend)
+        return np.array(divisors, dtype=np.float32)
 
 
 def read(config: Config, *scalings: str) -> Rope:
