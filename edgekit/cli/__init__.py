@@ -52,8 +52,29 @@ class _Verbs(click.Group):
 @click.version_option(__version__, prog_name="edgekit")
 def cli(verbose: int) -> None:
     """From a trained model to a small, verified file that runs fast on your device."""
-    level = {0: logging.ERROR, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(name)s: %(message)s", force=True)
+    _show_logs(verbose)
+
+
+def _show_logs(verbose: int) -> None:
+    """By default edgekit's own warnings and the errors of others; with -v more, and whose it is.
+
+    The engine warns of what edgekit knows already: its words come with -v only.
+    """
+    if verbose:
+        form = logging.Formatter("%(name)s: %(message)s")
+        level = logging.INFO if verbose == 1 else logging.DEBUG
+    else:
+        form, level = _Plain(), logging.ERROR
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(form)
+    logging.basicConfig(handlers=[screen], level=level, force=True)
+    logging.getLogger("edgekit").setLevel(min(level, logging.WARNING))
+    logging.getLogger("edgekit.llama").setLevel(level)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 def _terminated(_signal: int, _frame: Any) -> NoReturn:
