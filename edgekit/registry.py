@@ -22,6 +22,21 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f"known: {', '.join(sorted(known))}"
 
 
+def load(target: str, *, extra: str) -> Any:
+    """Import and return what ``target`` ("module:attribute") names.
+
+    Raises MissingExtraError when a package that it needs is not installed; ``extra`` brings it.
+    """
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "edgekit"):
+            raise
+        raise MissingExtraError(extra, missing=missing) from None
+
+
 class Shelf(Mapping[str, str]):
     """One shelf of the house: name -> ``"module:attribute"``.
 
@@ -59,14 +74,7 @@ class Shelf(Mapping[str, str]):
             raise UnknownNameError(
                 f"no {self.noun} is called '{name}'", hint=did_you_mean(name, list(self))
             )
-        module, _, attribute = self[name].partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing in ("", "edgekit"):
-                raise
-            raise MissingExtraError(self.extra, missing=missing) from None
+        return load(self[name], extra=self.extra)
 
 
 EXPORTERS = Shelf(

@@ -15,18 +15,17 @@ import gguf as ggml
 import numpy as np
 
 from edgekit import __version__, _fs
-from edgekit.errors import UnsupportedModelError, UsageError
-from edgekit.exporter import Progress, no_progress
+from edgekit.errors import UnsupportedModelError
+from edgekit.exporter import Progress
 from edgekit.exporters.hf_weights import from_float32, stored_type
 from edgekit.exporters.to_hf_families import layout
 from edgekit.exporters.to_hf_layout import Array, Destination, Layout
 from edgekit.exporters.to_hf_tokenizer import GgufTokenizer
 from edgekit.formats import gguf
 from edgekit.model_folder import WEIGHTS
-from edgekit.source import ModelSource, source
+from edgekit.source import ModelSource
 
 MARKER = "edgekit_convert.json"
-DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCK_VALUES = 4 << 20  # dequantized at a time, where no change needs the whole tensor
@@ -41,33 +40,15 @@ class _Tensor:
     shape: tuple[int, ...]
 
 
-def convert(
-    model: str | Path | ModelSource,
-    out: str | Path,
-    *,
-    dtype: str | None = None,
-    progress: Progress = no_progress,
-) -> ModelSource:
-    """Write ``model`` (a GGUF source) as the Hugging Face folder ``out`` and return that folder.
+def write(found: ModelSource, out: Path, dtype: str | None, *, progress: Progress) -> None:
+    """Write the GGUF source ``found`` as the Hugging Face folder ``out``.
 
-    ``dtype`` is "f32", "f16" or "bf16"; by default what the file holds, or "f32" when it is
-    quantized: then the weights are exactly those that llama.cpp computes with. Needs as much memory
-    as the largest changed tensor in float32.
-
-    Raises UsageError when ``out`` is somebody else's folder, UnsupportedModelError for a family,
-    tensor, type or tokenizer without a Hugging Face form, OutOfSpaceError before the work starts.
+    ``dtype`` is "F32", "F16", "BF16", or None for what the file holds ("F32" if that is no float).
+    Raises what ``edgekit.converter.convert`` says.
     """
-    found = model if isinstance(model, ModelSource) else source(model)
-    if found.kind != "gguf":
-        raise UsageError(
-            f"{found.spec} is a Hugging Face folder already", hint="give a .gguf file to convert"
-        )
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: {', '.join(DTYPES)}")
-    out = Path(out).absolute()
     header = gguf.read(found.path)
     stored = header.main_type()
-    kind = DTYPES[dtype] if dtype else (stored if stored in _TORCH_NAMES else "F32")
+    kind = dtype or (stored if stored in _TORCH_NAMES else "F32")
     with found.path.open("rb") as file:
         family = layout(header, lambda name: _whole(file, header.tensor(name)))
         tensors = _plan(header, family)
@@ -79,7 +60,6 @@ def convert(
             for name, text in texts.items():
                 (folder / name).write_bytes(text)
             _write_weights(folder / WEIGHTS, file, tensors, kind, progress)
-    return source(out)
 
 
 def _provenance(found: ModelSource, stored: str, kind: str, progress: Progress) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 
 import click
 
 from edgekit.cli import show
-from edgekit.errors import MissingExtraError
+from edgekit.converter import DTYPES, convert
 from edgekit.source import source as find_source
 
 
@@ -20,7 +19,7 @@ from edgekit.source import source as find_source
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f32", "f16", "bf16"]),
+    type=click.Choice(DTYPES),
     help="Type of the weights (default: as stored; f32 for a quantized file).",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -38,12 +37,8 @@ def command(model: str, out: Path, dtype: str | None, as_json: bool) -> None:
         found = find_source(model, on_progress=partial(progress, "download"))
     if found.quantized:
         show.warn(f"{model} is quantized ({found.quantized}): what that lost does not come back")
-    try:
-        to_hf = importlib.import_module("edgekit.exporters.to_hf")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("export", missing=error.name or "gguf") from None
     with show.progress(quiet=as_json) as progress:
-        folder = to_hf.convert(found, out, dtype=dtype, progress=progress)
+        folder = convert(found, out, dtype=dtype, progress=progress)
     body = {
         "path": str(folder.path),
         "family": folder.family,

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from tokenizers import Tokenizer
 
+from edgekit.converter import convert
 from edgekit.errors import (
     EdgekitError,
     ExportError,
@@ -28,7 +29,7 @@ from edgekit.exporters import (
     tokenizer_bpe,
     tokenizer_files,
 )
-from edgekit.exporters.to_hf import MARKER, convert
+from edgekit.exporters.to_hf import MARKER
 from edgekit.exporters.to_hf_tokenizer import GgufTokenizer
 from edgekit.formats import gguf, safetensors
 from edgekit.source import ModelSource, source

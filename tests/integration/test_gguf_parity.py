@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiny
 
+from edgekit.converter import convert
 from edgekit.exporters import hf_to_gguf
 from edgekit.exporters.arch.llama import Llama
-from edgekit.exporters.to_hf import convert
 from edgekit.source import source
 
 TRICKY = [

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _FLOORS = """
 0  errors _fs _yaml _proc
 1  registry quant formats unsafe_config model_folder hub
-2  source recipe artifact device target exporter runtime report receipt llama_library machine
+2  source recipe artifact device target exporter converter runtime report receipt
+2  llama_library machine
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor
 5  cli __main__

@@ -1,0 +1,44 @@
+"""Convert: from a GGUF file to a Hugging Face folder, which every exporter can read.
+
+Knows what may be asked for; never a tensor or a tokenizer, those are the exporters'.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekit.errors import UsageError
+from edgekit.exporter import Progress, no_progress
+from edgekit.registry import load
+from edgekit.source import ModelSource, source
+
+DTYPES = ("f32", "f16", "bf16")
+
+
+def convert(
+    model: str | Path | ModelSource,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+) -> ModelSource:
+    """Write ``model`` (a GGUF source) as the Hugging Face folder ``out`` and return that folder.
+
+    ``dtype`` is one of ``DTYPES``; by default what the file holds, or "f32" when it is quantized:
+    then the weights are exactly those that llama.cpp computes with. Needs as much memory as the
+    largest tensor that changes on the way, in float32.
+
+    Raises UsageError when ``out`` is somebody else's folder, UnsupportedModelError for a family,
+    tensor, type or tokenizer without a Hugging Face form, ExportError for values that do not fit
+    ``dtype``, OutOfSpaceError before the work starts, MissingExtraError without the extra "export".
+    """
+    found = model if isinstance(model, ModelSource) else source(model)
+    if found.kind != "gguf":
+        raise UsageError(
+            f"{found.spec} is a Hugging Face folder already", hint="give a .gguf file to convert"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: {', '.join(DTYPES)}")
+    write = load("edgekit.exporters.to_hf:write", extra="export")
+    write(found, Path(out).absolute(), dtype and dtype.upper(), progress=progress)
+    return source(out)
