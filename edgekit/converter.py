@@ -25,8 +25,8 @@ def convert(
     """Write ``model`` (a GGUF source) as the Hugging Face folder ``out`` and return that folder.
 
     ``dtype`` is one of ``DTYPES``; by default what the file holds, or "f32" when it is quantized:
-    then the weights are exactly those that llama.cpp computes with. Needs as much memory as the
-    largest tensor that changes on the way, in float32.
+    then the weights are exactly those that llama.cpp computes with. Tensors that change on the way
+    are held whole, in float32 and a few times over; all others go through in blocks.
 
     Raises UsageError when ``out`` is somebody else's folder, UnsupportedModelError for a family,
     tensor, type or tokenizer without a Hugging Face form, ExportError for values that do not fit

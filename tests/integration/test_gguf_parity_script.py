@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_tokenizers
 
 from edgekit.exporters import hf_to_gguf
 from edgekit.formats import gguf
@@ -46,7 +47,7 @@ def reference(
 ) -> Callable[[str, str], Path]:
     """The file of the script for a model and a float type."""
     out = tmp_path_factory.mktemp("reference")
-    script = tiny.llama_source() / "convert_hf_to_gguf.py"
+    script = tiny_tokenizers.llama_source() / "convert_hf_to_gguf.py"
     jobs = [
         (str(tiny_model(name)), kind.lower(), str(out / f"{name}-{kind}.gguf"))
         for name, kind in CASES

@@ -93,6 +93,13 @@ def test_a_branch_means_its_last_known_commit_while_the_hub_is_away(
         source(REPO, revision="main")
 
 
+def test_the_command_line_says_that_an_older_commit_is_used(tiny: Any, cli: Any) -> None:
+    source(REPO)
+    ran = cli("export", REPO, "--out", "out", HF_ENDPOINT="http://127.0.0.1:9")
+    warning = next(line for line in ran.stderr.splitlines() if line.startswith("warning: "))
+    assert "cannot reach http://127.0.0.1:9" in warning and COMMIT in warning
+
+
 def test_a_moved_branch_brings_the_new_commit(tiny: Any) -> None:
     source(REPO)
     moved = "beef" + "1" * 36

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tiny_tokenizers
 
 from edgekit.artifact import Artifact
-from tests import tiny
 
 LAYERS, WIDTH, FFN, KV, VOCAB = 22, 2048, 5632, 256, 32000
 
@@ -42,7 +42,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def make(folder: Path) -> Path:
     """TinyLlama's config and tokenizer with random bfloat16 weights, 2.2 GB."""
     folder.mkdir()
-    tiny.TOKENIZERS["llama2"](folder)
+    tiny_tokenizers.TOKENIZERS["llama2"](folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -100,6 +100,45 @@ def test_a_signal_cleans_up_and_names_itself(number: signal.Signals, code: int) 
     assert process.returncode == code
 
 
+# A verb that logs, as edgekit, the engine and somebody's library do.
+_LOGGING = """
+import logging, sys
+import click
+from edgekit import cli
+@click.command()
+def talk():
+    for name in ("edgekit.hub", "edgekit.llama", "urllib3"):
+        logging.getLogger(name).warning("careful")
+        logging.getLogger(name).error("broken")
+cli.cli.get_command = lambda ctx, name: talk
+sys.argv = ["edgekit", *sys.argv[1:], "talk"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ([], ["warning: careful", "error: broken", "error: broken", "error: broken"]),
+        (
+            ["-v"],
+            [
+                f"{name}: {word}"
+                for name in ("edgekit.hub", "edgekit.llama", "urllib3")
+                for word in ("careful", "broken")
+            ],
+        ),
+    ],
+)
+def test_edgekit_s_own_warnings_are_shown_and_the_engine_s_when_asked_for(
+    options: list[str], lines: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOGGING, *options], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines() == lines
+
+
 def test_a_reader_that_leaves_hears_no_complaint() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -19,6 +19,7 @@ from edgekit.errors import (
     UnsupportedModelError,
 )
 from edgekit.exporters import hf_to_gguf, hf_weights
+from edgekit.exporters.arch.phi3 import attention_factor
 from edgekit.formats import gguf
 from edgekit.source import ModelSource, source
 
@@ -123,6 +124,12 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         written(hf_folder.make(tmp_path / "model", config=config))
+
+
+@pytest.mark.parametrize("trained_length", [0, 1])
+def test_a_trained_length_without_a_logarithm_is_refused(trained_length: int) -> None:
+    with pytest.raises(UnsupportedModelError, match="longrope"):
+        attention_factor(64, trained_length)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import hf_folder
 import llama_eval
 import pytest
-import tiny
+import tiny_tokenizers
 from hf_folder import byte_tokenizer
 
 from edgekit.errors import SourceError, UnsupportedModelError
@@ -59,17 +59,21 @@ def check(out: Path, expected: list[tuple[str, list[int]]]) -> None:
 def test_ids_are_the_ones_llama_cpp_ships_for_its_own_tests(
     tmp_path: Path, tokenizer: str, vocabulary: str, pre: str
 ) -> None:
-    size = tiny.TOKENIZERS[tokenizer](tmp_path)
+    size = tiny_tokenizers.TOKENIZERS[tokenizer](tmp_path)
     out = vocab_only(tmp_path, size, tmp_path / "vocab.gguf")
     assert gguf.read(out).metadata["tokenizer.ggml.pre"] == pre
-    check(out, tiny.vocab_file(vocabulary).expected)
+    check(out, tiny_tokenizers.vocab_file(vocabulary).expected)
 
 
 def test_digits_then_words_is_smollm(tmp_path: Path) -> None:
     """StarCoder splits by the same rule, and its expected ids are known."""
-    vocab = tiny.vocab_file("starcoder")
+    vocab = tiny_tokenizers.vocab_file("starcoder")
     digits = {"type": "Digits", "individual_digits": True}
-    tiny.write_json(tmp_path, "tokenizer.json", tiny.byte_level(vocab, [digits, tiny.WORDS]))
+    tiny_tokenizers.write_json(
+        tmp_path,
+        "tokenizer.json",
+        tiny_tokenizers.byte_level(vocab, [digits, tiny_tokenizers.WORDS]),
+    )
     out = vocab_only(tmp_path, len(vocab.tokens), tmp_path / "vocab.gguf")
     assert gguf.read(out).metadata["tokenizer.ggml.pre"] == "smollm"
     check(out, vocab.expected)
@@ -78,9 +82,9 @@ def test_digits_then_words_is_smollm(tmp_path: Path) -> None:
 def test_the_rule_of_llama_3_with_merges_in_order_is_dbrx(tmp_path: Path) -> None:
     """Phi-4's. Its vocabulary is in no package: Llama 3's own, split by merges alone."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = tiny.vocab_file("llama-bpe")
-    steps = [tiny.isolated(tiny.LLAMA_3_SPLIT), tiny.BYTES]
-    tiny.write_json(tmp_path, "tokenizer.json", tiny.byte_level(vocab, steps))
+    vocab = tiny_tokenizers.vocab_file("llama-bpe")
+    steps = [tiny_tokenizers.isolated(tiny_tokenizers.LLAMA_3_SPLIT), tiny_tokenizers.BYTES]
+    tiny_tokenizers.write_json(tmp_path, "tokenizer.json", tiny_tokenizers.byte_level(vocab, steps))
     out = vocab_only(tmp_path, len(vocab.tokens), tmp_path / "vocab.gguf")
     assert gguf.read(out).metadata["tokenizer.ggml.pre"] == "dbrx"
     own = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -96,7 +100,7 @@ def test_every_splitting_rule_is_tested_above() -> None:
 
 def test_runs_of_spaces_split_as_the_tokenizer_splits_them(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    size = tiny.TOKENIZERS["llama2-json"](tmp_path)
+    size = tiny_tokenizers.TOKENIZERS["llama2-json"](tmp_path)
     out = vocab_only(tmp_path, size, tmp_path / "vocab.gguf")
     own = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [f"a{' ' * count}b" for count in range(1, 60)]
@@ -199,7 +203,7 @@ def test_a_chat_template_is_found_wherever_it_lies(tmp_path: Path) -> None:
     [
         ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"),
         ("pre_tokenizer", None, "none"),
-        ("pre_tokenizer", tiny.isolated(r"\d+|\D+"), r"isolated \\d"),
+        ("pre_tokenizer", tiny_tokenizers.isolated(r"\d+|\D+"), r"isolated \\d"),
         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
         ("normalizer", {"type": "Lowercase"}, "Lowercase"),
         ("post_processor", {"type": "RobertaProcessing"}, "RobertaProcessing"),
@@ -262,7 +266,7 @@ def test_a_sentencepiece_model_that_rewrites_text_is_refused(tmp_path: Path) -> 
 
 
 def test_tokens_of_older_folders_are_found_without_a_tokenizer_json(tmp_path: Path) -> None:
-    size = tiny.TOKENIZERS["llama2"](tmp_path)
+    size = tiny_tokenizers.TOKENIZERS["llama2"](tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"][str(size)] = {"content": "<|im_start|>", "special": True}

@@ -1,92 +1,33 @@
-"""A LoRA folder is merged exactly, or refused by name before anything is written."""
+"""A LoRA folder is merged exactly, and kept for llama.cpp with the same effect."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import lora_folder
 import numpy as np
 import pytest
+from lora_folder import CONFIG, KV_WIDTH, PLAIN, RANK, WIDTH, Arrays, K, Q, matrices, noise
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
-from edgekit.errors import EdgekitError, SourceError, UnsafeModelError, UnsupportedModelError
 from edgekit.exporters import lora
 from edgekit.formats import gguf
 from edgekit.source import ModelSource
-from edgekit.source import source as open_source
-
-WIDTH, KV_WIDTH, RANK = 16, 8, 4
-Q = "model.layers.0.self_attn.q_proj"
-K = "model.layers.0.self_attn.k_proj"
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA",
-    "base_model_name_or_path": "/nowhere/at/all",
-    "r": RANK,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "k_proj"],
-    "bias": "none",
-}
-LLAMA = {
-    "num_hidden_layers": 1,
-    "hidden_size": WIDTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-}
-Arrays = dict[str, NDArray[Any]]
-
-
-def _random(*shape: int) -> NDArray[np.float32]:
-    seed = np.random.default_rng(list(shape))
-    return seed.standard_normal(shape).astype(np.float32)
-
-
-def _matrices(module: str, out: int, inner: int = WIDTH, rank: int = RANK) -> Arrays:
-    return {
-        f"base_model.model.{module}.lora_A.weight": _random(rank, inner),
-        f"base_model.model.{module}.lora_B.weight": _random(out, rank),
-    }
-
-
-PLAIN = {**_matrices(Q, WIDTH), **_matrices(K, KV_WIDTH)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an adapter folder: ``folder(tensors, r=8)``; a key set to None is left out."""
-
-    def make(tensors: Arrays = PLAIN, **config: Any) -> Path:
-        path = tmp_path / "adapter"
-        path.mkdir(exist_ok=True)
-        body = {key: value for key, value in {**CONFIG, **config}.items() if value is not None}
-        (path / lora.CONFIG).write_text(json.dumps(body))
-        save_file(tensors, path / lora.WEIGHTS)
-        return path
-
-    return make
-
-
-def _model(path: Path, family: str, config: dict[str, Any], tensors: Arrays) -> ModelSource:
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": family, **config}))
-    save_file(tensors, path / "model.safetensors")
-    return open_source(path)
+    """Makes an adapter folder: ``folder(tensors, r=8)``."""
+    return partial(lora_folder.write, tmp_path / "adapter")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelSource:
-    """The part of a llama that the adapters here are for: 4 query heads, 2 key heads."""
-    tensors = {
-        "model.embed_tokens.weight": _random(32, WIDTH),
-        f"{Q}.weight": _random(WIDTH, WIDTH),
-        f"{K}.weight": _random(KV_WIDTH, WIDTH),
-    }
-    return _model(tmp_path / "model", "llama", LLAMA, tensors)
+    return lora_folder.write_model(tmp_path / "model")
 
 
 def _change(module: str, tensors: Arrays = PLAIN) -> NDArray[np.float32]:
@@ -109,7 +50,7 @@ def _scale(adapter: lora.Adapter, module: str, shape: tuple[int, int]) -> float:
 def test_a_merged_weight_is_the_weight_plus_alpha_over_rank_times_b_a(
     folder: Callable[..., Path],
 ) -> None:
-    weight = _random(KV_WIDTH, WIDTH)
+    weight = noise(KV_WIDTH, WIDTH)
     merged = lora.open_adapter(folder()).patch(f"{K}.weight", weight)
     assert merged.dtype == np.float32
     np.testing.assert_allclose(merged, weight + 8 / RANK * _change(K), atol=1e-5)
@@ -119,13 +60,13 @@ def test_a_tensor_that_the_adapter_does_not_change_comes_back_as_the_same_object
     folder: Callable[..., Path],
 ) -> None:
     adapter = lora.open_adapter(folder())
-    weight = _random(WIDTH, WIDTH)
+    weight = noise(WIDTH, WIDTH)
     for name in (f"{Q}.bias", "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
         assert adapter.patch(name, weight) is weight
 
 
 def test_the_weight_that_is_given_stays_as_it_was(folder: Callable[..., Path]) -> None:
-    weight = _random(WIDTH, WIDTH)
+    weight = noise(WIDTH, WIDTH)
     before = weight.copy()
     lora.open_adapter(folder()).patch(f"{Q}.weight", weight)
     np.testing.assert_array_equal(weight, before)
@@ -139,7 +80,7 @@ def test_rslora_divides_by_the_root_of_the_rank(folder: Callable[..., Path]) -> 
 def test_patterns_give_single_modules_a_rank_and_an_alpha_of_their_own(
     folder: Callable[..., Path],
 ) -> None:
-    tensors = {**_matrices(Q, WIDTH), **_matrices(K, KV_WIDTH, rank=2)}
+    tensors = {**matrices(Q, WIDTH), **matrices(K, KV_WIDTH, rank=2)}
     path = folder(tensors, rank_pattern={"k_proj": 2}, alpha_pattern={rf"^{Q}": 3, "k_proj": 5})
     adapter = lora.open_adapter(path)
     zeros = np.zeros((KV_WIDTH, WIDTH), np.float32)
@@ -158,7 +99,7 @@ def test_a_pattern_matches_the_end_of_a_name_and_never_half_a_part(
 
 def test_fan_in_fan_out_turns_the_change_round(folder: Callable[..., Path]) -> None:
     module = "transformer.h.0.attn.c_attn"
-    tensors = _matrices(module, 3 * WIDTH)
+    tensors = matrices(module, 3 * WIDTH)
     adapter = lora.open_adapter(folder(tensors, fan_in_fan_out=True))
     merged = adapter.patch(f"{module}.weight", np.zeros((WIDTH, 3 * WIDTH), np.float32))
     np.testing.assert_allclose(merged, 2 * _change(module, tensors).T, atol=1e-5)
@@ -168,7 +109,7 @@ def test_fan_in_fan_out_turns_the_change_round(folder: Callable[..., Path]) -> N
 def test_a_folder_that_names_its_tensors_without_the_head_is_merged_too(
     folder: Callable[..., Path], name: str
 ) -> None:
-    weight = _random(KV_WIDTH, WIDTH)
+    weight = noise(KV_WIDTH, WIDTH)
     assert lora.open_adapter(folder()).patch(name, weight) is not weight
 
 
@@ -282,251 +223,3 @@ def test_the_same_adapter_gives_the_same_bytes(
     for name in ("one.gguf", "two.gguf"):
         lora.write_gguf(adapter, model, tmp_path / name)
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_parameters": ["experts.weight"]}, "target_parameters"),
-        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"megatron_config": {"size": 2}}, "megatron_config"),
-        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
-        ({"some_idea_of_next_year": 7}, "some_idea_of_next_year"),
-        ({"alpha_pattern": {"(a|a)(a|a)+": 3}}, "more than a name"),
-    ],
-)
-def test_what_is_no_plain_lora_is_refused_by_the_name_of_its_key(
-    folder: Callable[..., Path], config: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=re.escape(words)) as caught:
-        lora.open_adapter(folder(**config))
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"r": None}, "'r' must be a rank"),
-        ({"r": 0}, "'r' must be a rank"),
-        ({"r": True}, "'r' must be a rank"),
-        ({"r": 8}, "not the rank 8"),
-        ({"lora_alpha": 0}, "'lora_alpha' must be an alpha"),
-        ({"lora_alpha": "8"}, "'lora_alpha' must be an alpha"),
-        ({"use_rslora": "yes"}, "'use_rslora' must be true or false"),
-        ({"rank_pattern": ["q_proj"]}, "'rank_pattern' must be an object"),
-        ({"rank_pattern": {"q_proj": 2}}, "not the rank 2"),
-        ({"alpha_pattern": {"k_proj": -1}}, "'k_proj' must be an alpha"),
-        ({"alpha_pattern": {"k_proj\\": 1}}, "'alpha_pattern' pattern"),
-    ],
-)
-def test_a_config_with_bad_values_is_refused(
-    folder: Callable[..., Path], config: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(SourceError, match=re.escape(words)):
-        lora.open_adapter(folder(**config))
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"r": 4, "r": 8}', '{"r": NaN}', "[" * 90_000])
-def test_a_config_that_is_no_strict_json_object_is_refused(
-    folder: Callable[..., Path], text: str
-) -> None:
-    path = folder()
-    (path / lora.CONFIG).write_text(text)
-    with pytest.raises(SourceError, match=r"adapter_config\.json"):
-        lora.open_adapter(path)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil.module"}},
-        {"auto_mapping": {"base_model_class": "Evil", "parent_library": "transformers.evil"}},
-        {"auto_map": {"AutoModel": "evil.Model"}},
-        {"trust_remote_code": True},
-        {"custom_module": "evil.py"},
-    ],
-)
-def test_a_config_that_names_code_is_refused(
-    folder: Callable[..., Path], config: dict[str, Any]
-) -> None:
-    with pytest.raises(UnsafeModelError):
-        lora.open_adapter(folder(**config))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "a LoRA of an embedding"),
-        (f"base_model.model.{Q}.lora_magnitude_vector", "a DoRA magnitude"),
-        (f"base_model.model.{Q}.lora_B.bias", "a LoRA with a bias"),
-        ("base_model.model.score.weight", "no LoRA matrix"),
-        (f"{Q}.lora_A.weight", "no LoRA matrix"),
-    ],
-)
-def test_a_tensor_that_is_no_matrix_of_a_linear_layer_is_refused_by_name(
-    folder: Callable[..., Path], name: str, words: str
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=re.escape(words)) as caught:
-        lora.open_adapter(folder({**PLAIN, name: _random(RANK, WIDTH)}))
-    assert name.removeprefix("base_model.model.") in caught.value.message
-
-
-@pytest.mark.parametrize(
-    "array", [np.ones((RANK, WIDTH), np.int8), np.ones(RANK, np.float32), np.ones((1, 2, 3))]
-)
-def test_matrices_of_another_type_or_dimension_are_refused_by_name(
-    folder: Callable[..., Path], array: NDArray[Any]
-) -> None:
-    name = f"base_model.model.{Q}.lora_A.weight"
-    with pytest.raises(UnsupportedModelError, match=re.escape(name)):
-        lora.open_adapter(folder({**PLAIN, name: array}))
-
-
-def test_half_a_pair_is_refused_by_name(folder: Callable[..., Path]) -> None:
-    alone = {name: value for name, value in PLAIN.items() if name != _b_of(Q)}
-    with pytest.raises(SourceError, match=rf"only lora_A of '{Q}'"):
-        lora.open_adapter(folder(alone))
-
-
-def test_values_that_are_not_finite_are_refused_by_name(folder: Callable[..., Path]) -> None:
-    broken = _random(WIDTH, RANK)
-    broken[3, 1] = np.nan
-    adapter = lora.open_adapter(folder({**PLAIN, _b_of(Q): broken}))
-    with pytest.raises(SourceError, match=rf"{Q}\.lora_B\.weight.*not finite"):
-        adapter.patch(f"{Q}.weight", _random(WIDTH, WIDTH))
-
-
-def test_an_adapter_of_this_model_passes_the_check(
-    folder: Callable[..., Path], model: ModelSource
-) -> None:
-    lora.open_adapter(folder()).check(model)
-
-
-def test_matrices_for_tensors_that_the_model_lacks_are_an_error(
-    folder: Callable[..., Path], model: ModelSource
-) -> None:
-    more = {
-        **PLAIN,
-        **_matrices("model.layers.7.self_attn.q_proj", WIDTH),
-        **_matrices("model.layers.8.self_attn.q_proj", WIDTH),
-    }
-    adapter = lora.open_adapter(folder(more))
-    with pytest.raises(SourceError, match=r"layers\.7\.self_attn\.q_proj' and 1 more"):
-        adapter.check(model)
-
-
-def test_a_change_of_another_shape_is_an_error_that_names_the_tensor(
-    folder: Callable[..., Path], model: ModelSource
-) -> None:
-    adapter = lora.open_adapter(folder({**PLAIN, **_matrices(K, WIDTH)}))
-    words = re.escape(f"'{K}' as a [16, 16] matrix, but the model's is [8, 16]")
-    with pytest.raises(SourceError, match=words):
-        adapter.check(model)
-    with pytest.raises(SourceError, match=words):
-        adapter.patch(f"{K}.weight", _random(KV_WIDTH, WIDTH))
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_an_embedding_that_came_along_unchanged_is_no_reason_to_refuse(
-    folder: Callable[..., Path], tmp_path: Path, dtype: type
-) -> None:
-    """PEFT saves whole embeddings and heads when one of them was a target."""
-    embedding = _random(32, WIDTH).astype(np.float16)
-    tensors = {
-        "model.embed_tokens.weight": embedding,
-        f"{Q}.weight": _random(WIDTH, WIDTH),
-        f"{K}.weight": _random(KV_WIDTH, WIDTH),
-    }
-    model = _model(tmp_path / "model", "llama", LLAMA, tensors)
-    name = "base_model.model.model.embed_tokens.base_layer.weight"
-    lora.open_adapter(folder({**PLAIN, name: embedding.astype(dtype)})).check(model)
-
-
-def test_an_embedding_of_the_adapter_s_own_is_refused(
-    folder: Callable[..., Path], model: ModelSource
-) -> None:
-    name = "base_model.model.model.embed_tokens.weight"
-    for other in (_random(33, WIDTH), _random(32, WIDTH) + 1):
-        adapter = lora.open_adapter(folder({**PLAIN, name: other}))
-        with pytest.raises(UnsupportedModelError, match="'embed_tokens' of its own"):
-            adapter.check(model)
-
-
-def test_a_square_layer_is_never_merged_the_wrong_way_round(
-    folder: Callable[..., Path], model: ModelSource, tmp_path: Path
-) -> None:
-    """The shapes of a square layer fit both ways: only the family knows."""
-    llama = lora.open_adapter(folder(_matrices(Q, WIDTH), fan_in_fan_out=True))
-    with pytest.raises(SourceError, match="fan_in_fan_out=true"):
-        llama.check(model)
-    name = "transformer.h.0.attn.c_proj"
-    config = {"n_layer": 1, "n_embd": WIDTH, "n_head": 2, "vocab_size": 32}
-    gpt2 = _model(tmp_path / "gpt2", "gpt2", config, {f"{name}.weight": _random(WIDTH, WIDTH)})
-    lora.open_adapter(folder(_matrices(name, WIDTH), fan_in_fan_out=True)).check(gpt2)
-    with pytest.raises(SourceError, match="fan_in_fan_out=false"):
-        lora.open_adapter(folder(_matrices(name, WIDTH))).check(gpt2)
-
-
-def test_pickled_adapters_are_never_opened(folder: Callable[..., Path]) -> None:
-    path = folder()
-    (path / lora.WEIGHTS).rename(path / "adapter_model.bin")
-    with pytest.raises(UnsafeModelError, match=r"adapter_model\.bin") as caught:
-        lora.open_adapter(path)
-    assert "safetensors" in (caught.value.hint or "")
-
-
-def test_a_pickle_under_the_name_of_safetensors_is_refused(folder: Callable[..., Path]) -> None:
-    path = folder()
-    (path / lora.WEIGHTS).write_bytes(b"\x80\x04\x95" + bytes(64))
-    with pytest.raises(UnsafeModelError, match="pickle"):
-        lora.open_adapter(path)
-
-
-def test_a_link_inside_the_folder_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
-    path = folder()
-    moved = (path / lora.WEIGHTS).rename(tmp_path / "elsewhere.safetensors")
-    (path / lora.WEIGHTS).symlink_to(moved)
-    with pytest.raises(UnsafeModelError, match="symbolic link"):
-        lora.open_adapter(path)
-
-
-@pytest.mark.parametrize("missing", [lora.CONFIG, lora.WEIGHTS])
-def test_a_folder_without_one_of_its_files_is_refused(
-    folder: Callable[..., Path], missing: str
-) -> None:
-    path = folder()
-    (path / missing).unlink()
-    with pytest.raises(SourceError, match=missing):
-        lora.open_adapter(path)
-
-
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no folder"):
-        lora.open_adapter(tmp_path / "nothing")
-
-
-def test_every_truncation_of_the_weights_is_one_clear_error(folder: Callable[..., Path]) -> None:
-    path = folder()
-    whole = (path / lora.WEIGHTS).read_bytes()
-    assert load_file(path / lora.WEIGHTS)
-    for length in range(0, len(whole), 37):
-        (path / lora.WEIGHTS).write_bytes(whole[:length])
-        with pytest.raises(EdgekitError) as caught:
-            lora.open_adapter(path)
-        assert isinstance(caught.value, SourceError)
-
-
-def _b_of(module: str) -> str:
-    return f"base_model.model.{module}.lora_B.weight"

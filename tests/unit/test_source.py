@@ -193,6 +193,13 @@ def test_code_beside_the_weights_is_named_in_the_log_and_ignored(
     assert not {"modeling_evil.py", "pytorch_model.bin"} & set(found.files)
 
 
+def test_a_file_that_nobody_reads_changes_nothing(folder: Path) -> None:
+    plain = source(folder)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "README.md"):
+        (folder / name).write_text("{}")
+    assert source(folder).hashes() == plain.hashes()
+
+
 def test_a_missing_path_and_a_stray_file_say_what_a_model_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     for spec in (tmp_path / "none", tmp_path / "notes.txt", tmp_path):
