@@ -101,7 +101,7 @@ def cli(tmp_path: Path) -> Callable[..., Ran]:
 
     def run(*arguments: str | Path, timeout_s: float = 240, **env: str) -> Ran:
         done = subprocess.run(
-            [sys.executable, "-c", "from edgekit.cli import main; main()", *map(str, arguments)],
+            [sys.executable, "-m", "edgekit", *map(str, arguments)],
             cwd=tmp_path,
             env=os.environ | env,
             stdin=subprocess.DEVNULL,

@@ -229,6 +229,12 @@ def test_a_file_tells_one_story(module: str) -> None:
     assert not set(words) & set(BAD_WORDS) and words[0] != "base", f"{module} is a name for nothing"
 
 
+def test_tests_and_benchmarks_tell_one_story_a_file_too() -> None:
+    for folder in ("tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.read_text().count("\n") <= 500, f"{path} is two stories: split it"
+
+
 def test_public_names_are_honest() -> None:
     assert set(edgekit.__all__) == {"__version__", *edgekit._HOMES}
     stubs = {

@@ -143,7 +143,7 @@ def test_a_reader_that_leaves_hears_no_complaint() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        [sys.executable, "-c", "from edgekit.cli import main; main()", "completion", "bash"],
+        [sys.executable, "-m", "edgekit", "completion", "bash"],
         stdout=write_end,
         stderr=subprocess.PIPE,
         text=True,
