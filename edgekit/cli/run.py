@@ -6,7 +6,6 @@ Knows options and how to show an answer; the model's work is done by ``edgekit.r
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from edgekit.cli import show
 from edgekit.errors import UsageError
 from edgekit.runtime import KV_TYPES, POOLINGS, GenerateParams, Generation, Session, load
 
-_log = logging.getLogger("edgekit.runtime")
 _HELP = "/reset forgets the chat, /system TEXT sets a system message, /exit or Ctrl-D leaves."
 
 
@@ -93,8 +91,6 @@ def command(
     if interactive and (as_json or embed or raw):
         raise UsageError("--json, --embed and --raw need a prompt")
     params = _generate_params(options, endless=interactive)
-    if not _log.isEnabledFor(logging.WARNING):
-        _log.setLevel(logging.WARNING)  # a prompt cache that could not be written, even without -v
     fields = _load_fields(options) | {"embeddings": embed}
     with load(artifact, runtime=runtime, **fields) as session:
         if prompt is None:
