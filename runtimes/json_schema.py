@@ -182,7 +182,8 @@ class _Converter:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         extra = schema.get("additionalProperties", not properties)
-        if not isinstance(properties, dict) or not isinstance(required, list):
+        named = isinstance(required, list) and all(isinstance(name, str) for name in required)
+        if not isinstance(properties, dict) or not named:
             raise UsageError("the JSON schema has malformed properties or required")
         if missing := [name for name in required if name not in properties]:
             raise UsageError(f"the JSON schema requires {missing[0]!r} without describing it")
