@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,29 @@ _SHORT = 32  # tokens that are evaluated before anybody loses patience
 _SENTENCEPIECE = 1  # LLAMA_VOCAB_TYPE_SPM
 
 
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM while the engine works, and deliver them afterwards.
+
+    Python runs signal handlers only between bytecodes, and the engine may work for minutes without
+    any; what a handler raises inside one of the engine's callbacks is lost. So handlers only take
+    note here, and the engine's callbacks look at the list that this yields.
+    """
+    noted: list[int] = []
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                old[number] = signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if noted:
+            signal.raise_signal(noted[0])
+
+
 class Engine:
     """A loaded model with its context: sequence 0, positions from 0 on. Close it when done."""
 
@@ -52,11 +76,11 @@ class Engine:
         self._adapters: list[Any] = []
         self._closed = False
         try:
-            self._model = self._load_model(path, header, params)
+            self._load_model(path, header, params)
             self._read_vocabulary(llama.llama_model_get_vocab(self._model))
             self.n_ctx = self._choose_n_ctx(params.n_ctx)
             self.n_batch = min(params.n_batch, self.n_ctx)
-            self._context = self._make_context(params, threads)
+            self._make_context(params, threads)
             self._memory = llama.llama_get_memory(self._context)
             self._attach_adapters(params.adapters)
             self.set_threads(*threads)
@@ -77,14 +101,16 @@ class Engine:
 
     # Loading
 
-    def _load_model(self, path: Path, header: GgufHeader, params: LoadParams) -> Any:
+    def _load_model(self, path: Path, header: GgufHeader, params: LoadParams) -> None:
         llama = self._llama
         wanted = llama.llama_model_default_params()
         layers = params.n_gpu_layers
         wanted.n_gpu_layers = layers_that_fit(header, params) if layers is None else layers
-        return self._or_reason(
-            llama.llama_model_load_from_file(str(path).encode(), wanted), f"cannot load {path}"
-        )
+        with _noted_signals() as noted:
+            go_on = llama.llama_progress_callback(lambda _done, _: not noted)
+            wanted.progress_callback = go_on
+            self._model = llama.llama_model_load_from_file(os.fsencode(path), wanted)
+        self._or_reason(self._model, f"cannot load {path}")
 
     def _choose_n_ctx(self, asked: int | None) -> int:
         trained = self._llama.llama_model_n_ctx_train(self._model)
@@ -92,7 +118,7 @@ class Engine:
             raise UsageError(f"n_ctx {asked} is more than the {trained} this model was trained for")
         return int(asked or min(trained, DEFAULT_N_CTX))
 
-    def _make_context(self, params: LoadParams, threads: tuple[int, int]) -> Any:
+    def _make_context(self, params: LoadParams, threads: tuple[int, int]) -> None:
         wanted = self._llama.llama_context_default_params()
         wanted.n_ctx = self.n_ctx
         wanted.n_batch = wanted.n_ubatch = self.n_batch
@@ -105,15 +131,14 @@ class Engine:
                 _POOLING_NONE  # the session pools; a pooled context gives no logits
             )
         wanted.no_perf = True
-        return self._or_reason(
-            self._llama.llama_init_from_model(self._model, wanted),
-            f"cannot make a context of {self.n_ctx} tokens",
-        )
+        with _noted_signals():
+            self._context = self._llama.llama_init_from_model(self._model, wanted)
+        self._or_reason(self._context, f"cannot make a context of {self.n_ctx} tokens")
 
     def _attach_adapters(self, adapters: tuple[tuple[Path, float], ...]) -> None:
         llama = self._llama
         for path, _ in adapters:
-            adapter = llama.llama_adapter_lora_init(self._model, str(path).encode())
+            adapter = llama.llama_adapter_lora_init(self._model, os.fsencode(path))
             self._adapters.append(self._or_reason(adapter, f"cannot load the adapter {path}"))
         if adapters:
             count = len(adapters)
@@ -268,32 +293,18 @@ class Engine:
 
     @contextlib.contextmanager
     def _interruptible(self, count: int) -> Iterator[None]:
-        """Let signals stop the engine in the middle of a batch, and deliver them afterwards.
-
-        Python runs signal handlers only between bytecodes, and a batch can last for minutes on a
-        small board: so the engine asks a Python function now and then, and handlers that only take
-        note run inside it.
-        """
-        if count <= _SHORT or threading.current_thread() is not threading.main_thread():
+        """Let signals stop the engine in the middle of a batch, and deliver them afterwards."""
+        if count <= _SHORT:
             yield
             return
-        caught: list[int] = []
-        ask = self._llama.ggml_abort_callback(lambda _: bool(caught))
-        old = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(signal.getsignal(number)):
-                old[number] = signal.signal(number, lambda number, _: caught.append(number))
-        self._llama.llama_set_abort_callback(self._context, ask, None)
-        try:
-            yield
-        finally:
-            self._llama.llama_set_abort_callback(
-                self._context, self._llama.ggml_abort_callback(), None
-            )
-            for number, handler in old.items():
-                signal.signal(number, handler)
-            if caught:
-                signal.raise_signal(caught[0])
+        llama = self._llama
+        with _noted_signals() as noted:
+            ask = llama.ggml_abort_callback(lambda _: bool(noted))
+            llama.llama_set_abort_callback(self._context, ask, None)
+            try:
+                yield
+            finally:
+                llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
 
     def logits(self, row: int = -1) -> Logits:
         """Logits of one output of the last decode, shape [n_vocab]; a view, until the next one."""

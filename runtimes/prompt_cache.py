@@ -35,6 +35,8 @@ class PromptCache:
     def __init__(self, file: Path, model: Path, params: LoadParams) -> None:
         if os.path.isdir(file):
             raise UsageError(f"the prompt cache {file} is a folder")
+        if not _ours(file):
+            raise UsageError(f"{file} is no prompt cache of edgekit, and would be overwritten")
         self._file = file
         self._identity = _identity(model, params)
 
@@ -73,6 +75,16 @@ class PromptCache:
         )
         whole = _MAGIC + hmac.digest(key, body, "sha256") + body
         cache_file.write(self._file, whole, level=logging.WARNING)
+
+
+def _ours(file: Path) -> bool:
+    """Whether nothing of somebody else's is lost when ``file`` is replaced."""
+    try:
+        with open(file, "rb") as found:
+            head = found.read(len(_MAGIC))
+    except OSError:
+        return True
+    return head in (b"", _MAGIC)
 
 
 def _key_file() -> Path:

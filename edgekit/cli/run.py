@@ -86,7 +86,7 @@ def command(
     terminal this is a chat. The answer goes to stdout, everything else to stderr.
     """
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     interactive = prompt is None
     if interactive and (as_json or embed or raw):
         raise UsageError("--json, --embed and --raw need a prompt")

@@ -20,7 +20,7 @@ from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest
 from edgekit.errors import LoadError, PromptTooLongError, UsageError
 from edgekit.recipe import Recipe
 from edgekit.runtime import Session
-from edgekit.runtimes import first_load
+from edgekit.runtimes import first_load, llama_engine
 from edgekit.runtimes import threads as thread_counts
 
 STORY = "Once upon a time there was a little"
@@ -307,7 +307,7 @@ def test_a_prompt_cache_saves_the_work_in_a_later_session(
     assert fresh[0] == cached[0]
     assert fresh[1] == 0 and cached[1] > 0
     whole = cache.read_bytes()
-    spoilt = [whole[:-1], whole[:40], b"", whole[:5000] + b"?" + whole[5001:], b"x" * 4096]
+    spoilt = [whole[:-1], whole[:40], b"", whole[:5000] + b"?" + whole[5001:]]
     for bytes_ in spoilt:
         cache.write_bytes(bytes_)
         assert answer() == fresh
@@ -436,3 +436,37 @@ def test_bad_messages_are_usage_errors(model: Session) -> None:
     for messages in bad:
         with pytest.raises(UsageError):
             model.chat(messages)
+
+
+def test_a_signal_during_a_call_into_the_engine_is_delivered_after_it() -> None:
+    # Raised inside one of the engine's callbacks it would be printed and lost.
+    seen: list[list[int]] = []
+    with pytest.raises(KeyboardInterrupt), llama_engine._noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(list(noted))
+    assert seen == [[signal.SIGINT]]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_stops_a_load(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekit.llama_library import library
+
+    engine = library()
+    load_from_file = engine.llama_model_load_from_file
+
+    def load_and_interrupt(path: bytes, params: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        found = load_from_file(path, params)
+        assert not found, "the engine went on loading"
+        return found
+
+    monkeypatch.setattr(engine, "llama_model_load_from_file", load_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        edgekit.load(smollm2_gguf, n_ctx=64, n_threads=1)
+
+
+def test_a_prompt_cache_never_replaces_a_strangers_file(smollm2_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="would be overwritten"):
+        edgekit.load(smollm2_gguf, n_ctx=64, n_threads=1, prompt_cache=tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
