@@ -66,8 +66,8 @@ class GgufPreset:
     imatrix: bool
 
 
-# Chosen by measurement on a fair float reference (docs/export.md has the table): the type with the
-# lowest KL divergence at that size, given that the importance matrix is on.
+# One type a size, the llama.cpp family that loses least there on models whose rows are multiples of
+# 256. benchmarks/llm/presets.py measures these and their rivals on a fair float reference.
 GGUF_BITS: dict[int, GgufPreset] = {
     16: GgufPreset("F16", imatrix=False),
     8: GgufPreset("Q8_0", imatrix=False),

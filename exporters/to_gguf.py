@@ -255,7 +255,7 @@ def _warnings(source: ModelSource, recipe: Recipe) -> Iterator[str]:
             f" and {recipe.type} adds its own"
         )
     if quant.wants_imatrix(recipe.type) and recipe.calibration is None:
-        yield f"{recipe.type} without an importance matrix loses more: docs/export.md says how much"
+        yield f"{recipe.type} without an importance matrix loses more: docs/export.md says why"
 
 
 def _details(model: Path, plan: ExportPlan, source: ModelSource) -> dict[str, Any]:
