@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where every module stands. A folder's name stands for all modules in it.
 _FLOORS = """
 0  errors _fs _yaml _proc
-1  registry quant formats unsafe_config model_folder hub
+1  registry quant formats unsafe_config model_folder hub intervals
 2  source recipe artifact device target exporter converter runtime report receipt
-2  llama_library machine
+2  llama_library machine scorer
 3  exporters runtimes devices
-4  serve training bench plan evaluate tune doctor
+4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
+4  tasks needle sensitivity
 5  cli __main__
 """
 FLOORS = {
