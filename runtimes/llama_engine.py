@@ -118,7 +118,7 @@ class Engine:
             raise UsageError(f"n_ctx {asked} is more than the {trained} this model was trained for")
         return int(asked or min(trained, DEFAULT_N_CTX))
 
-    def _make_context(self, params: LoadParams, threads: tuple[int, int]) -> None:
+    def _context_params(self, params: LoadParams, threads: tuple[int, int]) -> Any:
         wanted = self._llama.llama_context_default_params()
         wanted.n_ctx = self.n_ctx
         wanted.n_batch = wanted.n_ubatch = self.n_batch
@@ -131,6 +131,10 @@ class Engine:
                 _POOLING_NONE  # the session pools; a pooled context gives no logits
             )
         wanted.no_perf = True
+        return wanted
+
+    def _make_context(self, params: LoadParams, threads: tuple[int, int]) -> None:
+        wanted = self._context_params(params, threads)
         with _noted_signals():
             self._context = self._llama.llama_init_from_model(self._model, wanted)
         self._or_reason(self._context, f"cannot make a context of {self.n_ctx} tokens")

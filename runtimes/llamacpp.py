@@ -19,6 +19,7 @@ from edgekit.runtime import POOLINGS, GenerateParams, Generation, LoadParams, me
 from edgekit.runtimes import first_load, threads
 from edgekit.runtimes.chat import ChatTemplate, Guard, check_messages
 from edgekit.runtimes.context_window import ContextWindow, common_length
+from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine, check_params
 from edgekit.runtimes.prompt_cache import PromptCache
 from edgekit.runtimes.sampling import Sampler
@@ -42,6 +43,28 @@ class LlamaCppRuntime:
             gguf.read(adapter)
         first_load.check(path, [adapter for adapter, _ in params.adapters])
         return LlamaSession(path, header, params)
+
+    def bencher(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_batch: int = 512,
+        threads: int,
+        kv_type: str = "f16",
+        flash_attention: bool = True,
+        n_seqs: int = 1,
+    ) -> LlamaBencher:
+        """A model for a stopwatch, as LlamaBencher says: only in a child process of edgekit."""
+        return LlamaBencher(
+            path,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            threads=threads,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+            n_seqs=n_seqs,
+        )
 
 
 class LlamaSession:
