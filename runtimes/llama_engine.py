@@ -315,6 +315,14 @@ class Engine:
         pointer = self._llama.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.n_vocab,))
 
+    def logits_block(self, row: int, count: int) -> Logits:
+        """Logits of ``count`` neighbouring outputs of the last decode, from its token ``row`` on.
+
+        Shape [count, n_vocab]; a view, until the next decode.
+        """
+        pointer = self._llama.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (count, self.n_vocab))
+
     def embeddings(self, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Hidden states of the last ``rows`` outputs, shape [rows, n_embd]; a copy."""
         width = self._llama.llama_model_n_embd_out(self._model)

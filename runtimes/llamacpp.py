@@ -21,6 +21,7 @@ from edgekit.runtimes.chat import ChatTemplate, Guard, check_messages
 from edgekit.runtimes.context_window import ContextWindow, common_length
 from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine, check_params
+from edgekit.runtimes.llama_scorer import LlamaScorer
 from edgekit.runtimes.prompt_cache import PromptCache
 from edgekit.runtimes.sampling import Sampler
 from edgekit.runtimes.speculation import Speculator
@@ -65,6 +66,12 @@ class LlamaCppRuntime:
             flash_attention=flash_attention,
             n_seqs=n_seqs,
         )
+
+    def scorer(
+        self, path: Path, *, n_ctx: int, threads: int | None, adapters: tuple[Path, ...] = ()
+    ) -> LlamaScorer:
+        """A model that scores text (``edgekit.scorer``): only in a child of ``_proc.call``."""
+        return LlamaScorer(path, n_ctx=n_ctx, threads=threads, adapters=adapters)
 
 
 class LlamaSession:
