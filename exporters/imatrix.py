@@ -8,7 +8,6 @@ text; never recipes or quantization types.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from edgekit import _fs, _proc
 from edgekit.errors import ArtifactError, ExportError, LoadError, RecipeError, SourceError
 from edgekit.exporters.quantizer import SILENCE_S, memory_limit
 from edgekit.formats import gguf
+from edgekit.ggml_tensor import TYPE_F32, Tensor, op_name
 from edgekit.llama_library import backend_file, library, recent_log
 from edgekit.recipe import Calibration
 
@@ -40,7 +40,6 @@ _ALGORITHM = 1  # part of the cache key: raise it when the figures would change
 # all others (Massive Activations, https://arxiv.org/abs/2402.17762) and must not count more.
 _OUTPUT_EVERY = 8
 _OP_MUL_MAT = "MUL_MAT"
-_TYPE_F32 = 0
 
 
 def calibration(choice: str | Path, chunks: int | None) -> tuple[Calibration, bytes]:
@@ -146,28 +145,6 @@ def facts(path: Path) -> dict[str, Any]:
     }
 
 
-class _Tensor(ctypes.Structure):
-    """The head of ggml_tensor (ggml.h), as far as names, shapes and data are needed."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
-
-    def source(self, index: int) -> _Tensor:
-        return ctypes.cast(self.src[index], ctypes.POINTER(_Tensor)).contents
-
-
 class _Collector:
     """Sums squared inputs of every block's matrix products, as the engine computes them."""
 
@@ -179,7 +156,7 @@ class _Collector:
 
     def __call__(self, pointer: int, asking: bool, _user_data: Any) -> bool:
         """The engine's evaluation callback: first "do you want this node?", then its data."""
-        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+        tensor = Tensor.at(pointer)
         if asking:
             return self._wanted(tensor)
         self._add(tensor)
@@ -190,11 +167,11 @@ class _Collector:
         own = {name: (self._sums[name], self._rows[name]) for name in self._sums}
         return dict(sorted((own | {n: own[first] for n, first in self._same.items()}).items()))
 
-    def _wanted(self, tensor: _Tensor) -> bool:
-        if tensor.op != _mul_mat_op():
+    def _wanted(self, tensor: Tensor) -> bool:
+        if op_name(tensor.op) != _OP_MUL_MAT:
             return False
         weight, inputs = tensor.source(0), tensor.source(1)
-        if not weight.name.startswith(b"blk.") or inputs.type != _TYPE_F32:
+        if not weight.name.startswith(b"blk.") or inputs.type != TYPE_F32:
             return False
         name = weight.name.decode()
         # Query, key and value read one input, gate and up another: each stop of the engine costs
@@ -205,7 +182,7 @@ class _Collector:
         self._asked = (tensor.src[1], name)
         return True
 
-    def _add(self, tensor: _Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         import numpy as np
 
         weight, inputs = tensor.source(0), tensor.source(1)
@@ -216,16 +193,6 @@ class _Collector:
         squares = np.einsum("rc,rc->c", values, values).astype(np.float64)
         self._sums[name] = self._sums.get(name, 0) + squares
         self._rows[name] = self._rows.get(name, 0) + rows
-
-
-@functools.cache
-def _mul_mat_op() -> int:
-    """ggml's number for a matrix product, asked from the library: enums move between versions."""
-    from edgekit.llama_library import ggml_library
-
-    op_name = ggml_library().ggml_op_name
-    op_name.restype = ctypes.c_char_p
-    return next(op for op in range(200) if op_name(op) == _OP_MUL_MAT.encode())
 
 
 @contextmanager

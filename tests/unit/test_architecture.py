@@ -19,10 +19,10 @@ _FLOORS = """
 0  errors _fs _yaml _proc
 1  registry quant formats unsafe_config model_folder hub intervals
 2  source recipe artifact device target exporter converter runtime report receipt
-2  llama_library machine scorer
+2  llama_library ggml_tensor machine scorer model_cost
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
-4  tasks needle sensitivity
+4  tasks needle sensitivity advice
 5  cli __main__
 """
 FLOORS = {
