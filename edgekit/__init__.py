@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgekit.artifact import Artifact as Artifact
+    from edgekit.converter import convert as convert
     from edgekit.errors import EdgekitError as EdgekitError
     from edgekit.exporter import export as export
     from edgekit.recipe import Recipe as Recipe
@@ -28,6 +29,7 @@ _HOMES = {
     "GenerateParams": "edgekit.runtime",
     "ModelSource": "edgekit.source",
     "Recipe": "edgekit.recipe",
+    "convert": "edgekit.converter",
     "export": "edgekit.exporter",
     "load": "edgekit.runtime",
     "source": "edgekit.source",
@@ -40,6 +42,7 @@ __all__ = [  # noqa: RUF022 (grouped as in _HOMES, which a test compares)
     "GenerateParams",
     "ModelSource",
     "Recipe",
+    "convert",
     "export",
     "load",
     "source",

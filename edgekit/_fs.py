@@ -80,13 +80,17 @@ def _fsync_tree(root: Path) -> None:
         fsync_dir(Path(folder))
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old bytes or the new ones, never a mixture."""
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a small file so that a reader sees the old bytes or the new ones, never a mixture.
+
+    ``mode`` holds from the first byte on, less the umask: 0o600 for what nobody else may read.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
+            made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with open(made, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -199,14 +203,34 @@ def staged(out: Path, *, owns: Callable[[Path], bool]) -> Iterator[Path]:
                     f"{out} exists and was not made by edgekit",
                     hint="choose another --out, or move it away",
                 )
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir()
-            try:
+            with _fresh(partial):
                 yield partial
                 _commit(partial, out)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder ``<path>.partial`` to work in, which goes when the block ends.
+
+    What a killed run left behind is removed first; a second run at the same time is refused.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path), _fresh(partial):
+            yield partial
+
+
+@contextmanager
+def _fresh(folder: Path) -> Iterator[None]:
+    """Make ``folder`` anew, and remove it in the end if it is still there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

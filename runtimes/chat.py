@@ -102,6 +102,7 @@ class ChatTemplate:
             self._worker = self._start()
             request["template"] = self._source
         answer = self._worker.ask(request, timeout_s=2 * template_worker.TIMEOUT_S)
+        in_time = answer is not None
         if answer is None:
             limit = f"{template_worker.TIMEOUT_S:g} s"
             answer = {"unsafe": f"it took more than {limit}, or killed its process"}
@@ -113,7 +114,8 @@ class ChatTemplate:
         if "unsafe" in answer:
             raise UnsafeModelError(
                 f"the model's chat template left its bounds: {answer['unsafe']}",
-                hint="do not use this model, or complete plain prompts instead of a chat",
+                hint="do not use this model, or complete plain prompts instead of a chat"
+                + ("" if in_time else "; where much else runs on the machine, try once more"),
             )
         raise UnsupportedModelError(f"the model's chat template fails: {answer['broken']}")
 

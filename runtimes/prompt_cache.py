@@ -102,10 +102,8 @@ def _known_key() -> bytes | None:
 def _new_key() -> bytes | None:
     """A key for all files to come; None, and a warning, where it cannot be kept."""
     key = secrets.token_bytes(32)
-    if not cache_file.write(_key_file(), key, level=logging.WARNING):
-        return None
-    _key_file().chmod(0o600)
-    return key
+    kept = cache_file.write(_key_file(), key, level=logging.WARNING, mode=0o600)
+    return key if kept else None
 
 
 def _identity(model: Path, params: LoadParams) -> bytes:

@@ -161,6 +161,9 @@ class Sampler:
                 self._llama.llama_sampler_free(sampler)
         self._chain = self._grammar = None
 
+    def __del__(self) -> None:
+        self.close()  # a stream that nobody began never gets to its own end
+
 
 def _check_grammar(text: str) -> None:
     """UsageError for what the engine's parser would die of, or would take for no grammar at all."""

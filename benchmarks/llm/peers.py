@@ -102,7 +102,7 @@ def hf_folder(scratch: Path) -> Path:
 
 def edgekit(*arguments: str | Path) -> list[str | Path]:
     """The command line of edgekit's own program."""
-    return [sys.executable, "-c", "from edgekit.cli import main; main()", *arguments]
+    return [sys.executable, "-m", "edgekit", *arguments]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from small_artifact import build
 from edgekit.artifact import Artifact
 
 SMOLLM2 = ("smollm2-135m", "--type", "Q4_0", "--calibration", "none")
-EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+EDGEKIT = [sys.executable, "-m", "edgekit"]
 
 
 def start(out: Path, what: Sequence[str] = SMOLLM2, **env: str) -> subprocess.Popen[bytes]:

@@ -101,7 +101,7 @@ def peak_rss_bytes(command: list[str]) -> int:
 def test_1_1_billion_parameters_export_within_6_gib(tmp_path: Path) -> None:
     model = make(tmp_path / "tinyllama")
     out = tmp_path / "q4"
-    edgekit = [sys.executable, "-c", "from edgekit.cli import main; main()"]
+    edgekit = [sys.executable, "-m", "edgekit"]
     peak = peak_rss_bytes([*edgekit, "export", str(model), "--chunks", "2", "--out", str(out)])
     print(f"peak RSS {peak / 2**30:.2f} GiB")
     assert peak < 6 << 30

@@ -96,7 +96,7 @@ def test_as_many_layers_go_to_the_gpu_as_fit(smollm2_gguf: Path) -> None:
 def test_a_full_disk_is_a_line_in_the_log_where_only_a_cache_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, mode: int) -> None:
         raise OutOfSpaceError(f"the disk filled up while writing {path}")
 
     monkeypatch.setattr(_fs, "write_atomic", full)
