@@ -57,6 +57,17 @@ class Scorer(Protocol):
         """
         ...
 
+    def log_likelihoods(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """For each continuation of ``context``: ln of its probability, and whether it is greedy.
+
+        The probability is the product over its tokens, in nats; greedy means that each of them is
+        the model's first choice. ``context`` and each continuation hold at least one token, and
+        both together fit n_ctx. The context is read once for all of them. Raises as ``logits``.
+        """
+        ...
+
     def close(self) -> None:
         """Free the model. Twice is fine."""
         ...
