@@ -165,6 +165,8 @@ def read_text(path: Path | None) -> str:
     """A UTF-8 text of at most 64 MiB; None: edgekit's own held-out text. Raises UsageError."""
     if path is None:
         own = resources.files("edgekit.exporters").joinpath("held_out.txt")
+        if not own.is_file():
+            raise UsageError("which text?", hint="give --text FILE")
         return own.read_text("utf-8")
     try:
         with path.open("rb") as file:
@@ -193,7 +195,7 @@ def draw(found: Divergence, path: Path) -> None:
             ("p99", found.p99_kl),
         ):
             axes.axvline(max(value, 1e-7), color="#888888", linewidth=0.8, linestyle="--")
-            axes.annotate(f" {name} {value:.2g}", (max(value, 1e-7), 0.02), rotation=90, fontsize=8)
+            axes.annotate(f" {name} {value:.3g}", (max(value, 1e-7), 0.02), rotation=90, fontsize=8)
         axes.set_xscale("log")
         axes.set_ylim(0, 1)
         axes.set_xlabel("KL divergence of a token from the reference (nats)")

@@ -23,6 +23,7 @@ VERBS = {
     "run": "Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).",
     "inspect": "Show what an artifact or a GGUF file holds; no weight is read.",
     "verify": "Check every byte of ARTIFACT against its manifest.",
+    "eval": "Measure how well ARTIFACT predicts a text, alone or against a reference.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
     "doctor": "Show what this machine offers, and what the engine makes of it.",
     "completion": "Print the completion script for a shell.",

@@ -1,0 +1,86 @@
+"""`edgekit eval`: parse, call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgekit import evaluate, plot
+from edgekit.cli import show, show_divergence
+from edgekit.errors import UsageError
+
+
+@click.command()
+@click.argument("models", metavar="ARTIFACT", nargs=-1, required=True, type=Path)
+@click.option(
+    "--against",
+    type=Path,
+    metavar="REF",
+    help="Reference with the same tokenizer, such as the model's F16 file: adds KL divergence.",
+)
+@click.option("--text", type=Path, metavar="FILE", help="UTF-8 text (default: edgekit's own).")
+@click.option(
+    "--ctx",
+    "n_ctx",
+    type=click.IntRange(min=evaluate.MIN_N_CTX),
+    default=512,
+    help="Tokens of a chunk (default 512).",
+)
+@click.option("--chunks", type=click.IntRange(min=1), help="Chunks to read (default: all).")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: what was measured fastest.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the distribution of the KL divergence (.png or .svg).",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(
+    models: tuple[Path, ...],
+    against: Path | None,
+    text: Path | None,
+    n_ctx: int,
+    chunks: int | None,
+    threads: int | None,
+    plot_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how well ARTIFACT predicts a text, alone or against a reference.
+
+    ARTIFACT and REF are artifacts' folders or GGUF files.
+
+    \b
+    edgekit eval build/smollm2-q4 --text my-text.txt
+    edgekit eval build/smollm2-q4 --against build/smollm2-f16 --plot kl.png
+    """
+    if len(models) > 1:
+        raise UsageError(
+            f"this takes one model, not {len(models)}",
+            hint="edgekit eval ARTIFACT --against REF compares two",
+        )
+    if plot_file is not None:
+        if against is None:
+            raise UsageError("--plot draws KL divergence", hint="add --against REF")
+        plot.check_form(plot_file)
+    body = evaluate.read_text(text)
+    facts = {"model": str(models[0]), "text": "builtin" if text is None else str(text)}
+    with show.progress(quiet=as_json) as progress:
+        if against is None:
+            alone = evaluate.perplexity(
+                models[0], body, n_ctx=n_ctx, chunks=chunks, threads=threads, progress=progress
+            )
+        else:
+            found = evaluate.compare(
+                *(models[0], against, body),
+                n_ctx=n_ctx,
+                chunks=chunks,
+                threads=threads,
+                progress=progress,
+            )
+    if against is None:
+        return show_divergence.perplexity(alone, facts, as_json)
+    show_divergence.divergence(found, facts | {"against": str(against)}, as_json)
+    # The figures are out already, should there be no matplotlib or no room for the file.
+    if plot_file is not None:
+        evaluate.draw(found, plot_file)
