@@ -1,4 +1,4 @@
-"""Convert: from a GGUF file to a Hugging Face folder, which every exporter can read.
+"""Convert: a GGUF file to a Hugging Face folder; any model to a float file that is fair to all.
 
 Knows what may be asked for; never a tensor or a tokenizer, those are the exporters'.
 """
@@ -41,4 +41,27 @@ def convert(
         raise UsageError(f"unknown dtype '{dtype}'", hint=f"known: {', '.join(DTYPES)}")
     write = load("edgekit.exporters.to_hf:write", extra="export")
     write(found, Path(out).absolute(), dtype and dtype.upper(), progress=progress)
+    return source(out)
+
+
+def off_grid(
+    model: str | Path | ModelSource,
+    out: str | Path,
+    *,
+    seed: int = 1,
+    progress: Progress = no_progress,
+) -> ModelSource:
+    """Write ``model`` as the F32 GGUF ``out``, with other weights and the same function.
+
+    For measuring quantizers: weights that were quantized once lie on that type's grid, which makes
+    it look better than it is. Random scales between matrices, drawn from ``seed``, move every
+    linear weight but the embedding's.
+
+    Raises UsageError when ``out`` exists or does not end in .gguf, UnsupportedModelError for a
+    family that has no such scales, ParityError when a logit moves by more than rounding can,
+    OutOfSpaceError, MissingExtraError without the extra "export".
+    """
+    found = model if isinstance(model, ModelSource) else source(model)
+    write = load("edgekit.exporters.fair_reference:write", extra="export")
+    write(found, Path(out), seed=seed, progress=progress)
     return source(out)

@@ -83,7 +83,7 @@ def record_truth(
     tools: peers.Tools, scratch: Path, text: bytes, chunks: int, seed: int, threads: int
 ) -> Truth:
     """Make the reference and record its logits, once per text, chunk count and seed."""
-    model = reference.make(tools, scratch, seed)
+    model = reference.make(scratch, seed)
     digest = hashlib.sha256(text).hexdigest()[:12]
     path = scratch / f"logits-{seed}-{digest}-{chunks}.bin"
     if not path.is_file():
