@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "Show what an artifact or a GGUF file holds; no weight is read.",
     "verify": "Check every byte of ARTIFACT against its manifest.",
     "eval": "Measure how well ARTIFACT predicts a text, alone or against a reference.",
+    "bench": "Measure load times, speeds and memory of MODELs, and say what bounds them.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
     "doctor": "Show what this machine offers, and what the engine makes of it.",
     "completion": "Print the completion script for a shell.",

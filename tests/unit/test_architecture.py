@@ -18,11 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 _FLOORS = """
 0  errors _fs _yaml _proc
 1  registry quant formats unsafe_config model_folder hub intervals
+1  typed_json
 2  source recipe artifact device target exporter converter runtime report receipt
 2  llama_library ggml_tensor machine scorer model_cost
+2  telemetry report_text
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity advice
+4  bench_plan bench_side bench_worker bench_files bench_plot compare
 5  cli __main__
 """
 FLOORS = {

@@ -1,0 +1,239 @@
+"""The parent's side of a benchmark's child processes: asks, waits, and keeps the samples.
+
+Knows tests and turns; never how the engine is driven, that is ``bench_worker``'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit import _proc, errors, telemetry
+from edgekit.bench_plan import Setting, Sweep, Test
+from edgekit.errors import EngineCrashedError
+from edgekit.report import ModelFacts, SessionRow
+from edgekit.telemetry import Strain
+
+_START_S = 120
+_ANSWER_S = 3600
+_WARM_STEPS = 8
+_FEWEST_TOKENS = 8  # of an answer whose pace means something
+
+
+class Child:
+    """A ``bench_worker`` process."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._worker = _proc.Worker(
+            "edgekit.bench_worker:serve", timeout_s=_START_S, what=f"the process of {what}"
+        )
+
+    def ask(self, call: str, **arguments: Any) -> Any:
+        """The value of a call there. Raises what it raised, or EngineCrashedError."""
+        request = {"call": call, "arguments": arguments}
+        answer = self._worker.ask(request, timeout_s=_ANSWER_S)
+        if answer is None:
+            raise EngineCrashedError(
+                f"the process of {self._what} died or hung while it did '{call}'",
+                hint="a process that dies at once is often out of memory: see `dmesg`",
+            )
+        if "value" in answer:
+            return answer["value"]
+        kind = getattr(errors, answer["error"], EngineCrashedError)
+        if kind is errors.MissingExtraError:
+            raise errors.MissingExtraError(answer["extra"], missing=answer["missing"])
+        raise kind(answer["message"], hint=answer["hint"])
+
+    def close(self) -> None:
+        """End the process; closing twice is fine."""
+        self._worker.close()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition: seconds of all, milliseconds of each step, and what the machine felt."""
+
+    seconds: float
+    step_ms: tuple[float, ...]
+    strain: Strain
+
+
+class EngineSide:
+    """One model with one setting in a process of its own."""
+
+    def __init__(
+        self, facts: ModelFacts, path: Path, setting: Setting, sweep: Sweep, *, keep: bool
+    ) -> None:
+        """``keep``: the process stays between turns; else each turn starts a fresh one."""
+        self.facts = facts
+        self.setting = setting
+        self.sweep = sweep
+        self.samples: dict[Test, list[Sample]] = {test: [] for test in setting.tests}
+        self.peak_rss_bytes: int | None = None
+        self.engine: dict[str, Any] = {}
+        self.turn_s = 0.0
+        self._path = path
+        self._keep = keep
+        self._child: Child | None = None
+
+    def warm_up(self) -> None:
+        """Load, and run every test once, the long ones in short."""
+        child = self._opened()
+        self.engine = child.ask("engine")
+        self._end_turn(child)
+
+    def take_turn(self) -> None:
+        """One repetition of every test."""
+        child = self._opened()
+        for test, samples in self.samples.items():
+            samples.append(self._sample(child, test))
+        self._end_turn(child)
+
+    def _opened(self) -> Child:
+        if self._child is not None:
+            return self._child
+        self._child = child = Child(f"{self.facts.name} with {self.setting.n_threads} threads")
+        setting = self.setting
+        child.ask(
+            "hold",
+            path=str(self._path),
+            settings={
+                "n_ctx": setting.n_ctx,
+                "n_batch": self.sweep.n_batch,
+                "threads": setting.n_threads,
+                "kv_type": setting.kv_type,
+                "flash_attention": self.sweep.flash_attention,
+                "n_seqs": setting.n_seqs,
+            },
+        )
+        self.turn_s = sum(self._warm_up(child, test) for test in setting.tests)
+        return child
+
+    def _warm_up(self, child: Child, test: Test) -> float:
+        """Seconds that a repetition will take, more or less."""
+        steps = min(test.n_gen, _WARM_STEPS)
+        sample = self._sample(child, Test(test.n_prompt, steps, test.n_depth))
+        return sample.seconds * (test.n_gen / steps if steps else 1)
+
+    def _sample(self, child: Child, test: Test) -> Sample:
+        if test.n_prompt:
+            seen = child.ask("prefill", n_tokens=test.n_prompt)
+        else:
+            seen = child.ask("decode", n_tokens=test.n_gen, depth=test.n_depth)
+        before, after = (telemetry.Counters(**seen[key]) for key in ("before", "after"))
+        return Sample(
+            seconds=seen["seconds"],
+            step_ms=tuple(seen.get("step_ms", ())),
+            strain=telemetry.strain(before, after, seen["own_cpu_s"]),
+        )
+
+    def _end_turn(self, child: Child) -> None:
+        found = child.ask("peak_rss_bytes")
+        if found is not None:
+            self.peak_rss_bytes = max(found, self.peak_rss_bytes or 0)
+        if self._keep:
+            child.ask("rest")  # or its threads would spin into the next one's turn
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+
+class SessionSide:
+    """A user's session of one model, with the first value of each list of the sweep."""
+
+    def __init__(self, facts: ModelFacts, path: Path, given: Path, sweep: Sweep) -> None:
+        """``given`` is what the user loads; ``path`` the model's file in it."""
+        self.facts = facts
+        self.turn_s = 0.0
+        self._path = path
+        self._given = given
+        self._kv_type = sweep.kv_types[0]
+        self._asked = sweep.threads[0] if sweep.threads else None
+        self._threads = self._asked or 0
+        self._prompt = sweep.prompts[0] if sweep.prompts else 0
+        self._answer = sweep.answers[0] if sweep.answers else 0
+        self._depth = sweep.depths[0]
+        self._n_ctx = max(self._prompt, self._depth + self._answer) + 16
+        self._n_batch = sweep.n_batch
+        self._flash_attention = sweep.flash_attention
+        self._child: Child | None = None
+        self._cold: dict[str, Any] = {}
+        self._warm_s = 0.0
+        self._prompt_tokens = self._answer_tokens = 0
+        self._ttft_s: list[float] = []
+        self._tok_s: list[float] = []
+
+    def threads(self) -> tuple[int, int]:
+        """What ``edgekit.load`` takes for decode and for prefill."""
+        decode, prefill = self._opened().ask("threads", path=str(self._given))
+        self._threads = self._threads or decode
+        return decode, prefill
+
+    def load(self) -> None:
+        """Load cold, load warm, and warm up; the session stays open."""
+        child = self._opened()
+        fields = {
+            "n_ctx": self._n_ctx,
+            "n_batch": self._n_batch,
+            "n_threads": self._asked,
+            "kv_type": self._kv_type,
+            "flash_attention": self._flash_attention,
+        }
+        call = {"given": str(self._given), "file": str(self._path), "fields": fields}
+        self._cold = child.ask("open", cold=True, **call)
+        self._warm_s = child.ask("open", cold=False, **call)["seconds"]
+        self.take_turn()
+        self._ttft_s.clear()
+        self._tok_s.clear()
+
+    def _opened(self) -> Child:
+        if self._child is None:
+            self._child = Child(f"a session of {self.facts.name}")
+        return self._child
+
+    def take_turn(self) -> None:
+        """One first token and one answer, from an empty cache."""
+        child = self._opened()
+        self.turn_s = 0.0
+        if self._prompt:
+            seen = child.ask("first_token", n_tokens=self._prompt)
+            self._ttft_s.append(seen["seconds"])
+            self._prompt_tokens = seen["prompt_tokens"]
+            self.turn_s += seen["seconds"]
+        if self._answer:
+            seen = child.ask("answer", n_tokens=self._answer, depth=self._depth)
+            self._answer_tokens = seen["tokens"]
+            if seen["tokens"] >= _FEWEST_TOKENS:
+                self._tok_s.append(seen["tok_s"])
+            self.turn_s += seen["seconds"]
+        child.ask("rest")
+
+    def row(self) -> SessionRow:
+        """What was found."""
+        return SessionRow(
+            model=self.facts.name,
+            n_threads=self._threads,
+            kv_type=self._kv_type,
+            prompt_tokens=self._prompt_tokens,
+            decode_tokens=self._answer_tokens,
+            n_depth=self._depth,
+            cold_load_s=None if self._cold["note"] else self._cold["seconds"],
+            cold_note=self._cold["note"],
+            warm_load_s=self._warm_s,
+            ttft_s=tuple(self._ttft_s),
+            decode_tok_s=tuple(self._tok_s),
+            peak_rss_bytes=self._opened().ask("peak_rss_bytes"),
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None

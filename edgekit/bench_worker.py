@@ -1,0 +1,220 @@
+"""The child's side of a benchmark: holds one model and times what it is asked for.
+
+Knows the runtime and the machine's counters; never which tests there are, or what they show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from edgekit import machine, telemetry
+from edgekit.errors import EdgekitError, MissingExtraError
+from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
+from edgekit.runtime import Session, load
+
+_PROBED = 16  # places of a file that are looked for in the page cache
+_TICK_S = 0.02
+_ASLEEP = 0.1  # the part of a tick that sleeping threads may still use
+_PATIENCE_S = 3.0
+
+
+def serve() -> None:
+    """Answer JSON lines on stdin until it ends: for ``_proc.Worker``."""
+    # What the engine or a library prints must not mix with the answers.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    child = _Child()
+    answers.write(b"{}\n")
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        try:
+            value = getattr(child, request["call"])(**request["arguments"])
+            answer: dict[str, Any] = {"value": value}
+        except EdgekitError as error:
+            answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+            if isinstance(error, MissingExtraError):
+                answer |= {"extra": error.extra, "missing": error.missing}
+        except Exception as error:  # the fence: see ``_proc``
+            answer = {
+                "error": "EngineCrashedError",
+                "message": f"the engine failed: {type(error).__name__}: {error}",
+                "hint": None,
+            }
+        data = json.dumps(answer).encode() + b"\n"
+        while data:
+            data = data[answers.write(data) :]
+    os._exit(0)  # without the engine's own clean-up
+
+
+class _Child:
+    """What can be asked for, by name."""
+
+    def __init__(self) -> None:
+        self._root = machine.root()
+        self._bencher: Any = None
+        self._session: Session | None = None
+        self._prompts: dict[int, str] = {}
+
+    # The engine's bare loops
+
+    def hold(self, path: str, settings: dict[str, Any]) -> None:
+        """Load a model for ``prefill`` and ``decode``."""
+        runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["gguf"])()
+        self._bencher = runtime.bencher(Path(path), **settings)
+
+    def prefill(self, n_tokens: int) -> dict[str, Any]:
+        """One prompt."""
+        with self._watched() as seen:
+            seen["seconds"] = self._bencher.prefill(n_tokens)
+        return seen
+
+    def decode(self, n_tokens: int, depth: int) -> dict[str, Any]:
+        """One answer, step by step."""
+        self._bencher.stand_at(depth)
+        with self._watched() as seen:
+            steps = self._bencher.decode(n_tokens, depth)
+        seen["seconds"] = sum(steps)
+        seen["step_ms"] = [round(1e3 * step, 4) for step in steps]
+        return seen
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[dict[str, Any]]:
+        """What the machine felt meanwhile; the block adds what it found."""
+        seen: dict[str, Any] = {}
+        before, own = telemetry.counters(self._root), time.process_time()
+        yield seen
+        own = time.process_time() - own
+        after = telemetry.counters(self._root)
+        seen["own_cpu_s"] = own
+        seen["before"], seen["after"] = vars(before), vars(after)
+
+    # A user's session
+
+    def open(self, given: str, file: str, fields: dict[str, Any], cold: bool) -> dict[str, Any]:
+        """Load a session and let it give one token; seconds, and why a cold load was not cold."""
+        self._warm_imports()
+        if self._session is not None:
+            self._session.close()
+        note = drop_from_page_cache(Path(file)) if cold else None
+        started = time.perf_counter()
+        self._session = load(given, **fields)
+        for _ in self._session.stream("The", max_tokens=1):
+            pass
+        return {"seconds": time.perf_counter() - started, "note": note}
+
+    def _warm_imports(self) -> None:
+        """What a process pays once is no part of a model's load time."""
+        from edgekit import llama_library
+
+        llama_library.library()
+
+    def first_token(self, n_tokens: int) -> dict[str, Any]:
+        """Seconds from the call to the first piece of text, with nothing cached."""
+        session = self._opened()
+        prompt = self._prompt(n_tokens)
+        session.reset()
+        started = time.perf_counter()
+        pieces = session.stream(prompt, max_tokens=8)
+        next(pieces, None)
+        seconds = time.perf_counter() - started
+        getattr(pieces, "close", lambda: None)()
+        return {"seconds": seconds, "prompt_tokens": session.last.prompt_tokens}
+
+    def answer(self, n_tokens: int, depth: int) -> dict[str, Any]:
+        """The pace of an answer behind ``depth`` tokens: tokens, and tokens per second."""
+        session = self._opened()
+        prompt = self._prompt(max(1, depth))
+        session.reset()
+        started = time.perf_counter()
+        done = session.complete(prompt, max_tokens=n_tokens)
+        seconds = time.perf_counter() - started
+        return {"tokens": done.decode_tokens, "tok_s": done.decode_tok_s, "seconds": seconds}
+
+    def _opened(self) -> Session:
+        assert self._session is not None
+        return self._session
+
+    def _prompt(self, n_tokens: int) -> str:
+        """English prose of about ``n_tokens`` tokens, the BOS included."""
+        if n_tokens not in self._prompts:
+            session = self._opened()
+            text = resources.files("edgekit.exporters").joinpath("calibration.txt")
+            tokens = session.tokenize(text.read_text("utf-8"))
+            tokens *= -(-n_tokens // len(tokens))
+            self._prompts[n_tokens] = session.detokenize(tokens[:n_tokens])
+        return self._prompts[n_tokens]
+
+    # The process
+
+    def threads(self, path: str) -> list[int]:
+        """The counts for decode and for prefill that ``edgekit.load`` takes for this model."""
+        from edgekit.formats import gguf
+        from edgekit.runtime import LoadParams
+        from edgekit.runtimes import threads
+
+        with load(path):
+            pass  # the first load of this kind of model measures them
+        header = gguf.read(Path(path))
+        # A busy machine's figures are not remembered.
+        return list(threads.known(header, LoadParams()) or threads.first_guess())
+
+    def engine(self) -> dict[str, Any]:
+        """Version and backend of the engine."""
+        from edgekit import llama_library
+
+        return {"version": llama_library.version(), "backend": llama_library.backend_file()}
+
+    def rest(self) -> bool:
+        """Wait until the engine's threads sleep: idle ones spin for a while, and take a core."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            before = time.process_time()
+            time.sleep(_TICK_S)
+            if time.process_time() - before < _ASLEEP * _TICK_S:
+                return True
+        return False
+
+    def peak_rss_bytes(self) -> int | None:
+        """The most that this process ever held in memory."""
+        # Not ru_maxrss, which starts at what the parent held.
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) << 10
+        return None
+
+
+def drop_from_page_cache(path: Path) -> str | None:
+    """Let the kernel forget a file, so that the next read comes from the disk.
+
+    Returns why it did not; None when the file is gone from memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        places = [size * i // _PROBED for i in range(_PROBED)]
+        cached = sum(_is_cached(descriptor, place) for place in places)
+    except (OSError, AttributeError) as error:
+        return f"the page cache cannot be emptied or looked into here ({error})"
+    finally:
+        os.close(descriptor)
+    if cached:
+        return f"the kernel kept the file in memory ({cached} of {_PROBED} places looked at)"
+    return None
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False

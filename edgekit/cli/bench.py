@@ -1,0 +1,92 @@
+"""`edgekit bench`: parse, call, render."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit import bench_files
+from edgekit.bench import bench
+from edgekit.cli import show, show_bench
+from edgekit.errors import UsageError
+
+
+def _numbers(
+    _context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """``1,2,4``; a lone 0 means none of it, as in llama-bench."""
+    if value is None:
+        return None
+    try:
+        found = tuple(int(word) for word in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
+    return () if found == (0,) and parameter.name in ("prompts", "answers") else found
+
+
+def _words(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value.split(","))
+
+
+def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
+    return click.option(*names, callback=read, metavar="LIST", help=text)
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@_list("-t", "--threads", text="CPU threads [default: what edgekit.load would take].")
+@_list("-p", "--prompts", text="Tokens to read; 0 for none [default: 512].")
+@_list("-n", "--answers", text="Tokens to generate; 0 for none [default: 128].")
+@_list("-d", "--depths", text="Tokens that stand before the answer [default: 0].")
+@_list("--kv", "kv_types", text="Types of the KV cache [default: f16].", read=_words)
+@_list("--batch", "batches", text="Sequences decoded side by side [default: 1].")
+@click.option(
+    "-r", "--repetitions", type=int, help="Rounds, in which all settings take turns [default: 5]."
+)
+@click.option(
+    "--n-batch", type=int, help="Tokens of a prompt that are read at once [default: 512]."
+)
+@click.option("--no-flash-attention", is_flag=True, help="Without the fused attention kernels.")
+@click.option("--no-session", is_flag=True, help="Only the engine's own loops.")
+@click.option("--no-probe", is_flag=True, help="No verdict: do not measure the machine's limits.")
+@click.option(
+    "--out",
+    "outs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Write the report here: .json, .csv, .md, .png or .svg. Repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(
+    models: tuple[str, ...],
+    outs: tuple[Path, ...],
+    as_json: bool,
+    no_probe: bool,
+    no_session: bool,
+    no_flash_attention: bool,
+    **lists: Any,
+) -> None:
+    """Measure load times, speeds and memory of MODELs, and say what bounds them.
+
+    MODEL is an artifact's folder or a GGUF file. Lists such as `-t 1,2 -p 32,512` measure every
+    combination.
+    """
+    for out in outs:
+        bench_files.check(out)
+    if not models:
+        raise UsageError("which model?", hint="edgekit bench build/smollm2-q4")
+    sweep = {name: value for name, value in lists.items() if value is not None}
+    sweep |= {"sessions": not no_session, "flash_attention": not no_flash_attention}
+    with show.progress(quiet=as_json) as progress:
+        found = bench(*models, probe=not no_probe, progress=progress, **sweep)
+    for out in outs:
+        bench_files.write(found, out)
+    if as_json:
+        show.as_json(found.to_dict())
+    else:
+        show_bench.report(found)

@@ -1,0 +1,32 @@
+"""How a benchmark's report and a comparison look on a terminal.
+
+Knows tables and order; never how anything was measured.
+"""
+
+from __future__ import annotations
+
+import click
+
+from edgekit import report_text
+from edgekit.cli import show
+from edgekit.report import BenchReport
+
+
+def report(found: BenchReport) -> None:
+    """The whole report: figures first, then what they mean, then what they were taken on."""
+    show.table(report_text.cells(found), head=report_text.head(found))
+    if found.sessions:
+        click.echo("\nthrough edgekit.load:")
+        show.table(report_text.session_cells(found.sessions), head=report_text.SESSION_HEAD)
+        for row in found.sessions:
+            if row.cold_note:
+                click.echo(f"no cold load of {row.model}: {row.cold_note}")
+    for verdict in found.verdicts:
+        click.echo()
+        click.echo(click.style(f"{verdict.model}: {verdict.sentence}", bold=True))
+        for line in (*verdict.evidence, *verdict.advice):
+            click.echo(f"  {line}")
+    click.echo()
+    show.table(list(report_text.machine_lines(found)))
+    for remark in found.remarks:
+        show.warn(remark)

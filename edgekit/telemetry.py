@@ -1,0 +1,209 @@
+"""How the machine feels while work runs: clocks, heat, throttling, energy, load, stolen time.
+
+Knows /proc and /sys below a root folder (``machine.root``); never what work runs. Everything that
+cannot be read is None, and nothing here fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_TICKS_S = os.sysconf("SC_CLK_TCK")
+# Bits of the Raspberry Pi firmware's get_throttled: now, and 16 bits higher "since the start".
+# https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
+PI_THROTTLING = {
+    0: "under-voltage",
+    1: "frequency capped",
+    2: "throttled",
+    3: "soft temperature limit",
+}
+_PI_FILE = "sys/devices/platform/soc/soc:firmware/get_throttled"
+_CPUS = "sys/devices/system/cpu"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One look at the machine.
+
+    ``load_1m`` is the load average over a minute. ``clock_mhz`` is the fastest core's clock now,
+    ``top_clock_mhz`` the highest that the kernel allows. ``temperature_c`` is the hottest sensor's.
+    ``throttling`` names what slows the processor down now.
+    """
+
+    load_1m: float | None
+    clock_mhz: float | None
+    top_clock_mhz: float | None
+    governor: str | None
+    temperature_c: float | None
+    throttling: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the kernel has counted since the machine started.
+
+    CPU seconds of all processors together: ``busy_s`` in anybody's work, ``idle_s``, ``steal_s``
+    taken by the host of a virtual machine. ``energy_uj`` is package -> (microjoules, where the
+    counter starts anew). ``throttle_events`` counts events, or the Pi's sticky bits.
+    """
+
+    busy_s: float | None = None
+    idle_s: float | None = None
+    steal_s: float | None = None
+    energy_uj: dict[str, tuple[int, int]] = field(default_factory=dict)
+    throttle_events: int | None = None
+
+
+@dataclass(frozen=True)
+class Strain:
+    """What happened on the machine between two looks at its counters.
+
+    ``others_share`` and ``steal_share`` are parts of all processors' time: other processes' work,
+    and what the host took. ``energy_j`` is that of the whole processor package.
+    """
+
+    others_share: float | None
+    steal_share: float | None
+    energy_j: float | None
+    throttled: bool | None
+
+
+def conditions(root: Path) -> Conditions:
+    """How the machine is right now."""
+    return Conditions(
+        load_1m=_load(root),
+        clock_mhz=_mhz(root, "scaling_cur_freq"),
+        top_clock_mhz=_mhz(root, "cpuinfo_max_freq"),
+        governor=_text(root / _CPUS / "cpu0/cpufreq/scaling_governor"),
+        temperature_c=_temperature(root),
+        throttling=_throttling_now(root),
+    )
+
+
+def counters(root: Path) -> Counters:
+    """The counters now; ``strain`` compares two looks."""
+    busy_s, idle_s, steal_s = _cpu_seconds(root)
+    return Counters(busy_s, idle_s, steal_s, _energy(root), _throttle_events(root))
+
+
+def strain(before: Counters, after: Counters, own_cpu_s: float) -> Strain:
+    """What happened between; ``own_cpu_s`` is the CPU time of our own processes in between."""
+    others = steal = None
+    if (busy := _rise(before.busy_s, after.busy_s)) is not None:
+        idle = _rise(before.idle_s, after.idle_s) or 0.0
+        stolen = _rise(before.steal_s, after.steal_s) or 0.0
+        if total := busy + idle + stolen:
+            others, steal = max(0.0, busy - own_cpu_s) / total, stolen / total
+    events = _rise(before.throttle_events, after.throttle_events)
+    return Strain(
+        others_share=others,
+        steal_share=steal,
+        energy_j=_joules(before, after),
+        throttled=None if events is None else events > 0,
+    )
+
+
+def why_no_energy(root: Path) -> str | None:
+    """Why the energy of a run cannot be told; None where it can."""
+    if _energy(root):
+        return None
+    for file in _packages(root):
+        if file.exists():
+            return f"only root may read {file}"
+    return "this machine has no energy counter that Linux knows"
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip("\0 \n")
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and re.fullmatch(r"-?\d{1,18}", text, re.ASCII) else None
+
+
+def _rise(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else max(0.0, after - before)
+
+
+def _load(root: Path) -> float | None:
+    found = re.match(r"(\d+\.\d+) ", _text(root / "proc/loadavg") or "", re.ASCII)
+    return float(found[1]) if found else None
+
+
+def _mhz(root: Path, name: str) -> float | None:
+    files = (root / _CPUS).glob(f"cpu[0-9]*/cpufreq/{name}")
+    return max((khz / 1e3 for file in files if (khz := _number(file))), default=None)
+
+
+def _temperature(root: Path) -> float | None:
+    zones = (root / "sys/class/thermal").glob("thermal_zone*/temp")
+    sensors = (root / "sys/class/hwmon").glob("hwmon*/temp*_input")
+    found = [milli / 1e3 for file in (*zones, *sensors) if (milli := _number(file)) is not None]
+    # A sensor that is switched off reads zero, or absurd.
+    return max((celsius for celsius in found if 0 < celsius < 150), default=None)
+
+
+def _pi_bits(root: Path) -> int | None:
+    text = _text(root / _PI_FILE) or ""
+    return int(text, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", text) else None
+
+
+def _throttling_now(root: Path) -> tuple[str, ...] | None:
+    bits = _pi_bits(root)
+    if bits is None:
+        return None
+    return tuple(word for bit, word in PI_THROTTLING.items() if bits >> bit & 1)
+
+
+def _throttle_events(root: Path) -> int | None:
+    bits = _pi_bits(root)
+    if bits is not None:
+        return (bits >> 16 & 0xF).bit_count()
+    files = (root / _CPUS).glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
+    counts = [count for file in files if (count := _number(file)) is not None]
+    return sum(counts) if counts else None
+
+
+def _cpu_seconds(root: Path) -> tuple[float | None, float | None, float | None]:
+    """Busy, idle and stolen seconds, from the first line of /proc/stat (see proc_stat(5))."""
+    found = re.match(r"cpu +((?:\d+ ?){8})", _text(root / "proc/stat") or "", re.ASCII)
+    if not found:
+        return None, None, None
+    user, nice, system, idle, io_wait, irq, soft_irq, steal = map(int, found[1].split())
+    busy = user + nice + system + irq + soft_irq
+    return busy / _TICKS_S, (idle + io_wait) / _TICKS_S, steal / _TICKS_S
+
+
+def _packages(root: Path) -> Iterator[Path]:
+    """The energy counters of whole processor packages: their parts are inside them already."""
+    for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")):
+        if (_text(zone / "name") or "").startswith("package"):
+            yield zone / "energy_uj"
+
+
+def _energy(root: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for file in _packages(root):
+        spent = _number(file)
+        wraps = _number(file.with_name("max_energy_range_uj"))
+        if spent is not None and wraps:
+            found[file.parent.name] = spent, wraps
+    return found
+
+
+def _joules(before: Counters, after: Counters) -> float | None:
+    if not before.energy_uj or before.energy_uj.keys() != after.energy_uj.keys():
+        return None
+    microjoules = 0
+    for name, (start, wraps) in before.energy_uj.items():
+        end = after.energy_uj[name][0]
+        microjoules += end - start if end >= start else end - start + wraps
+    return microjoules / 1e6

@@ -1,0 +1,144 @@
+"""A report comes back from JSON as it was, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reports
+
+from edgekit import bench_files, report, report_text
+from edgekit.errors import EdgekitError, UsageError, VersionError
+
+
+def _parse(body: Any) -> report.BenchReport:
+    return report.parse(json.dumps(body).encode(), origin="r.json")
+
+
+def test_a_report_survives_json() -> None:
+    found = reports.made()
+    assert report.parse(found.to_json(), origin="r.json") == found
+
+
+def test_the_summary_in_json_is_for_readers_and_not_believed() -> None:
+    body = reports.made().to_dict()
+    assert body["rows"][0]["summary"]["test"] == "pp512"
+    body["rows"][0]["summary"] = {"tok_s": 1e9}
+    assert _parse(body) == reports.made()
+
+
+def test_a_row_counts_like_llama_bench() -> None:
+    row = reports.row(n_prompt=0, n_gen=10, n_seqs=2, samples_s=(1.0, 2.0), step_ms=(1.0, 2.0, 5.0))
+    assert row.test == "tg10 x 2"
+    assert row.tok_s == pytest.approx((20 + 10) / 2)  # the mean of speeds, not of times
+    assert row.tok_s_sd == pytest.approx(7.0711, rel=1e-4)
+    assert row.ms_per_token(50) == 2.0
+    assert row.ms_per_token(95) == pytest.approx(4.7)
+
+
+def test_an_outlier_is_flagged_and_still_counts() -> None:
+    row = reports.row(samples_s=(1.0, 1.01, 0.99, 1.0, 3.0))
+    assert row.outliers == [4]
+    assert row.tok_s < 0.95 * 512
+    assert reports.row(samples_s=(1.0, 1.01, 0.99, 1.02, 0.98)).outliers == []
+
+
+def _drop_a_key(body: dict[str, Any]) -> None:
+    del body["rows"][0]["n_gen"]
+
+
+def _add_a_key(body: dict[str, Any]) -> None:
+    body["machine"]["host"] = "secret"
+
+
+_BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a missing key": (_drop_a_key, "the report.rows[0] lacks 'n_gen'"),
+    "a strange key": (_add_a_key, "unknown key 'host'"),
+    "text for a number": (lambda b: b["rows"][0].update(n_gen="8"), "n_gen must be a whole number"),
+    "true for a number": (lambda b: b["rows"][0].update(n_threads=True), "a whole number"),
+    "no samples": (lambda b: b["rows"][0].update(samples_s=[]), "needs samples"),
+    "time backwards": (lambda b: b["rows"][0].update(samples_s=[-1.0]), "times that can be"),
+    "a time near zero": (lambda b: b["rows"][0].update(samples_s=[1e-320]), "times that can be"),
+    "a prompt and an answer": (lambda b: b["rows"][0].update(n_gen=8), "either"),
+    "a stranger's model": (lambda b: b["rows"][0].update(model="other"), "does not list"),
+    "control characters": (lambda b: b.update(edgekit="\x1b[2J"), "printable"),
+    "no rows": (lambda b: b.update(rows=[]), "needs rows"),
+    "a list for an object": (
+        lambda b: b.update(machine=[]),
+        "the report.machine must be an object",
+    ),
+    "another kind": (lambda b: b.update(kind="manifest"), "is no report of edgekit bench"),
+    "a strange schema": (lambda b: b.update(schema="1"), "its schema is"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), _BAD.values(), ids=_BAD.keys())
+def test_what_is_no_report_is_refused_in_one_line(
+    spoil: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    body = reports.made().to_dict()
+    spoil(body)
+    with pytest.raises(UsageError) as caught:
+        _parse(body)
+    assert words in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"a": NaN}'])
+def test_bytes_that_are_no_json_object_are_refused(raw: bytes) -> None:
+    with pytest.raises(UsageError):
+        report.parse(raw, origin="r.json")
+
+
+def test_a_newer_report_asks_for_a_newer_edgekit() -> None:
+    with pytest.raises(VersionError, match="schema 2"):
+        _parse(reports.made().to_dict() | {"schema": 2})
+
+
+def test_no_report_larger_than_the_limit_is_read(tmp_path: Path) -> None:
+    large = tmp_path / "r.json"
+    with large.open("wb") as file:
+        file.truncate(report._MAX_BYTES + 1)
+    with pytest.raises(EdgekitError, match="more than"):
+        report.read(large)
+
+
+def test_every_form_of_file_holds_every_row(tmp_path: Path) -> None:
+    found = reports.made()
+    for name in ("r.json", "r.csv", "r.md"):
+        bench_files.write(found, tmp_path / name)
+    assert report.read(tmp_path / "r.json") == found
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
+    assert [float(row["tok_s"]) for row in rows] == [row.tok_s for row in found.rows]
+    text = (tmp_path / "r.md").read_text()
+    assert all(f"| {row.test} |" in text for row in found.rows)
+    assert found.models[0].sha256 in text and "no energy counter" in text
+
+
+def test_a_file_of_unknown_form_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write"):
+        bench_files.check(tmp_path / "report.pdf")
+
+
+def test_a_spreadsheet_runs_no_name_as_a_formula() -> None:
+    found = reports.made(name="=cmd()")
+    first = next(csv.DictReader(io.StringIO(report_text.as_csv(found))))
+    assert first["model"] == "'=cmd()"
+
+
+def test_a_busy_and_a_throttled_run_say_so() -> None:
+    quiet = reports.made()
+    assert quiet.busy is None and not quiet.throttled
+    busy = reports.made(others_share=0.4, steal_share=0.2)
+    assert busy.busy is not None and "40%" in busy.busy and "20%" in busy.busy
+    assert reports.made(throttled=True).throttled
+
+
+def test_figures_are_shown_with_three_digits_that_count() -> None:
+    assert [report_text.figure(x) for x in (0.01234, 1.234, 12.34, 1234.5, 0)] == [
+        *("0.0123", "1.23", "12.3", "1234", "0")
+    ]
