@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgekit import evaluate, plot
-from edgekit.cli import show, show_divergence
+from edgekit.cli import show, show_divergence, show_needle, show_tasks
 from edgekit.errors import UsageError
+
+_N_CTX = 512
 
 
 @click.command()
@@ -20,12 +23,13 @@ from edgekit.errors import UsageError
     help="Reference with the same tokenizer, such as the model's F16 file: adds KL divergence.",
 )
 @click.option("--text", type=Path, metavar="FILE", help="UTF-8 text (default: edgekit's own).")
+@show_tasks.options
+@show_needle.options
 @click.option(
     "--ctx",
     "n_ctx",
     type=click.IntRange(min=evaluate.MIN_N_CTX),
-    default=512,
-    help="Tokens of a chunk (default 512).",
+    help="Tokens of a chunk (default 512), or of a question with its answer (default 2048).",
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Chunks to read (default: all).")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: what was measured fastest.")
@@ -33,18 +37,21 @@ from edgekit.errors import UsageError
     "--plot",
     "plot_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the distribution of the KL divergence (.png or .svg).",
+    help="Draw the distribution of the KL divergence, or the heat map of --needle (.png or .svg).",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
     models: tuple[Path, ...],
     against: Path | None,
     text: Path | None,
-    n_ctx: int,
+    n_ctx: int | None,
     chunks: int | None,
     threads: int | None,
     plot_file: Path | None,
     as_json: bool,
+    task_file: Path | None,
+    needle_: bool,
+    **fields: Any,
 ) -> None:
     """Measure how well ARTIFACT predicts a text, alone or against a reference.
 
@@ -53,12 +60,27 @@ def command(
     \b
     edgekit eval build/smollm2-q4 --text my-text.txt
     edgekit eval build/smollm2-q4 --against build/smollm2-f16 --plot kl.png
+    edgekit eval build/smollm2-q4 --tasks questions.jsonl --shots 5
+    edgekit eval build/smollm2-q4 --needle --lengths 1024,4096 --plot needle.png
     """
     if len(models) > 1:
         raise UsageError(
             f"this takes one model, not {len(models)}",
             hint="edgekit eval ARTIFACT --against REF compares two",
         )
+    shared: dict[str, Any] = {"against": against, "threads": threads, "as_json": as_json}
+    tasks = {name: fields.pop(name) for name in show_tasks.NAMES}
+    needle = {name: fields.pop(name) for name in show_needle.NAMES}
+    if task_file is not None:
+        other = {"needle": needle_ or None, "text": text, "chunks": chunks, "plot": plot_file}
+        _refuse("with --tasks", needle | other)
+        return show_tasks.run(models[0], task_file, n_ctx=n_ctx, **tasks, **shared)
+    if needle_:
+        _refuse("with --needle", tasks | {"ctx": n_ctx, "chunks": chunks})
+        return show_needle.run(models[0], text=text, plot_file=plot_file, **needle, **shared)
+    _refuse("without --tasks", tasks)
+    _refuse("without --needle", needle)
+    n_ctx = n_ctx or _N_CTX
     if plot_file is not None:
         if against is None:
             raise UsageError("--plot draws KL divergence", hint="add --against REF")
@@ -84,3 +106,10 @@ def command(
     # The figures are out already, should there be no matplotlib or no room for the file.
     if plot_file is not None:
         evaluate.draw(found, plot_file)
+
+
+def _refuse(when: str, options: dict[str, Any]) -> None:
+    """An option that would be ignored is an error: somebody expects something of it."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name} means nothing {when}")
