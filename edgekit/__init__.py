@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgekit.artifact import Artifact as Artifact
+    from edgekit.bench import bench as bench
     from edgekit.converter import convert as convert
     from edgekit.errors import EdgekitError as EdgekitError
     from edgekit.exporter import export as export
@@ -29,6 +30,7 @@ _HOMES = {
     "GenerateParams": "edgekit.runtime",
     "ModelSource": "edgekit.source",
     "Recipe": "edgekit.recipe",
+    "bench": "edgekit.bench",
     "convert": "edgekit.converter",
     "export": "edgekit.exporter",
     "load": "edgekit.runtime",
@@ -42,6 +44,7 @@ __all__ = [  # noqa: RUF022 (grouped as in _HOMES, which a test compares)
     "GenerateParams",
     "ModelSource",
     "Recipe",
+    "bench",
     "convert",
     "export",
     "load",

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import __version__, _fs, machine, telemetry
-from edgekit.artifact import Artifact
-from edgekit.bench_plan import Setting, Sweep, Test, settings_of
+from edgekit.artifact import MANIFEST, Artifact
+from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
 from edgekit.bench_side import EngineSide, Sample, SessionSide
+from edgekit.compare import Comparison, between, within
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.formats import gguf
@@ -31,6 +32,7 @@ from edgekit.report import (
     MachineFacts,
     ModelFacts,
     VerdictRow,
+    read,
 )
 
 _FORMAT = "gguf"
@@ -74,6 +76,44 @@ def bench(
     found = _opened(models, progress)
     report = _Run(found, asked, progress).report(before)
     return _judged(report, found, progress) if probe else report
+
+
+def bench_against(
+    a: Artifact | str | Path,
+    b: Artifact | str | Path,
+    *,
+    progress: Progress = no_progress,
+    **sweep: Any,
+) -> tuple[Comparison, BenchReport | None]:
+    """B against A, each a model or an earlier report's file (.json), and the report of what was
+    measured for it, if anything was.
+
+    Two models are measured together, in turns. A model is measured with the settings of the report
+    that it stands against, where ``sweep`` names no others.
+    Raises what ``bench`` raises, and UsageError for what cannot be compared.
+    """
+    earlier = [_earlier(side) for side in (a, b)]
+    names = (str(a), str(b))
+    one, other = earlier
+    if one is None and other is None:
+        measured = bench(a, b, probe=False, progress=progress, **sweep)
+        return within(measured), measured
+    if one is not None and other is not None:
+        if sweep:
+            raise UsageError(f"two reports are not measured again: leave out {', '.join(sweep)}")
+        return between(one, other, names), None
+    known = one or other
+    assert known is not None
+    fresh = b if one is not None else a
+    measured = bench(fresh, probe=False, progress=progress, **sweep_like(known) | sweep)
+    pair = (known, measured) if one is not None else (measured, known)
+    return between(*pair, names), measured
+
+
+def _earlier(side: Artifact | str | Path) -> BenchReport | None:
+    if isinstance(side, Artifact) or Path(side).suffix.lower() != ".json":
+        return None
+    return None if Path(side).name == MANIFEST else read(Path(side))
 
 
 class _Run:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekit.errors import UsageError
+from edgekit.report import BenchReport
 from edgekit.runtime import KV_TYPES
 
 _MAX_SETTINGS = 500
@@ -115,3 +116,21 @@ def settings_of(sweep: Sweep, automatic: tuple[int, int] | None) -> list[Setting
     if not settings:
         raise UsageError("there is nothing to measure: give prompts or answers")
     return settings
+
+
+def sweep_like(report: BenchReport) -> dict[str, Any]:
+    """The fields of a Sweep that measures the rows of an earlier report again."""
+    rows = report.rows
+    answers = [row for row in rows if row.n_gen]
+    return {
+        "threads": tuple(dict.fromkeys(row.n_threads for row in rows)),
+        "prompts": tuple(dict.fromkeys(row.n_prompt for row in rows if row.n_prompt)),
+        "answers": tuple(dict.fromkeys(row.n_gen for row in answers)),
+        "depths": tuple(dict.fromkeys(row.n_depth for row in answers)) or (0,),
+        "kv_types": tuple(dict.fromkeys(row.kv_type for row in rows)),
+        "batches": tuple(dict.fromkeys(row.n_seqs for row in answers)) or (1,),
+        "repetitions": max(len(row.samples_s) for row in rows),
+        "n_batch": rows[0].n_batch,
+        "flash_attention": rows[0].flash_attention,
+        "sessions": bool(report.sessions),
+    }

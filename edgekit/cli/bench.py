@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from edgekit import bench_files
-from edgekit.bench import bench
+from edgekit.bench import bench, bench_against
 from edgekit.cli import show, show_bench
+from edgekit.compare import gate
 from edgekit.errors import UsageError
+from edgekit.report import BenchReport
 
 
 def _numbers(
@@ -31,6 +33,19 @@ def _words(
     _context: click.Context, _parameter: click.Parameter, value: str | None
 ) -> tuple[str, ...] | None:
     return None if value is None else tuple(value.split(","))
+
+
+def _share(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """``5%`` -> 0.05."""
+    if value is None:
+        return None
+    try:
+        share = float(value.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"{value!r} is no share such as 5%")
+    return share
 
 
 def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
@@ -61,10 +76,26 @@ def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
     type=click.Path(path_type=Path),
     help="Write the report here: .json, .csv, .md, .png or .svg. Repeatable.",
 )
+@click.option(
+    "--compare",
+    "sides",
+    nargs=2,
+    metavar="A B",
+    help="Is B slower than A? Each is a model, or an earlier report (.json).",
+)
+@click.option(
+    "--fail-if-slower",
+    "limit",
+    callback=_share,
+    metavar="PERCENT",
+    help="With --compare: exit code 6 if B is slower by more, such as 5%.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
     models: tuple[str, ...],
     outs: tuple[Path, ...],
+    sides: tuple[str, str] | None,
+    limit: float | None,
     as_json: bool,
     no_probe: bool,
     no_session: bool,
@@ -78,15 +109,51 @@ def command(
     """
     for out in outs:
         bench_files.check(out)
+    sweep = {name: value for name, value in lists.items() if value is not None}
+    if no_session:
+        sweep["sessions"] = False
+    if no_flash_attention:
+        sweep["flash_attention"] = False
+    if sides:
+        if models:
+            raise UsageError("--compare takes its two sides alone: leave out the other models")
+        return _compare(sides, sweep, outs, limit, as_json)
+    if limit is not None:
+        raise UsageError("--fail-if-slower needs --compare A B")
     if not models:
         raise UsageError("which model?", hint="edgekit bench build/smollm2-q4")
-    sweep = {name: value for name, value in lists.items() if value is not None}
-    sweep |= {"sessions": not no_session, "flash_attention": not no_flash_attention}
     with show.progress(quiet=as_json) as progress:
         found = bench(*models, probe=not no_probe, progress=progress, **sweep)
-    for out in outs:
-        bench_files.write(found, out)
+    _write(found, outs)
     if as_json:
         show.as_json(found.to_dict())
     else:
         show_bench.report(found)
+
+
+def _compare(
+    sides: tuple[str, str],
+    sweep: dict[str, Any],
+    outs: tuple[Path, ...],
+    limit: float | None,
+    as_json: bool,
+) -> None:
+    with show.progress(quiet=as_json) as progress:
+        found, measured = bench_against(*sides, progress=progress, **sweep)
+    if measured is not None:
+        _write(measured, outs)
+    elif outs:
+        raise UsageError("--out writes what is measured, and two reports are not")
+    if as_json:
+        report = measured and measured.to_dict()
+        show.as_json({"comparison": found.to_dict(), "report": report})
+    else:
+        show_bench.comparison(found)
+    if limit is not None:
+        for sentence in gate(found, limit):
+            show.warn(sentence)
+
+
+def _write(report: BenchReport, outs: tuple[Path, ...]) -> None:
+    for out in outs:
+        bench_files.write(report, out)

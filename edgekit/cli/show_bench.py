@@ -9,6 +9,7 @@ import click
 
 from edgekit import report_text
 from edgekit.cli import show
+from edgekit.compare import CONFIDENCE, Comparison
 from edgekit.report import BenchReport
 
 
@@ -30,3 +31,25 @@ def report(found: BenchReport) -> None:
     show.table(list(report_text.machine_lines(found)))
     for remark in found.remarks:
         show.warn(remark)
+
+
+def comparison(found: Comparison) -> None:
+    """A line a setting: both speeds, B over A with its interval, and what that shows."""
+    rows = [
+        (
+            row.label,
+            report_text.figure(row.a),
+            report_text.figure(row.b),
+            row.unit,
+            f"{row.ratio.value:.3f}",
+            f"{row.ratio.low:.3f} to {row.ratio.high:.3f}",
+            row.finding,
+        )
+        for row in found.rows
+    ]
+    how = "measured together, in pairs" if found.paired else "measured at different times"
+    click.echo(f"A: {found.a}\nB: {found.b}\n{how}\n")
+    head = ("test", "A", "B", "", "B / A", f"{CONFIDENCE:.0%} for all rows", "B is")
+    show.table(rows, head=head)
+    for note in found.notes:
+        show.warn(note)
