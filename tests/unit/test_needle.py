@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from edgekit import intervals, needle
 from edgekit.errors import DoesNotFitError, UsageError
 from edgekit.needle import LengthScore, NeedleReport, NeedleScores
+from edgekit.runtime import Generation
 
 SENTENCES = [f"Sentence {i} is here. " for i in range(10)]
 COSTS = [5] * 10
@@ -86,6 +89,80 @@ def test_a_cache_beyond_the_free_memory_is_refused_before_the_load(
     monkeypatch.setenv("EDGEKIT_SYSROOT", str(tmp_path))
     with pytest.raises(DoesNotFitError, match=r"8192 tokens needs .* GB are free"):
         needle.evaluate(smollm2_gguf, lengths=[8192])
+
+
+class HalfReader:
+    """A session whose model only reads the first half of a prompt, a token a word."""
+
+    has_chat_template = False
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.last = Generation()
+
+    def tokenize(self, text: str) -> list[int]:
+        return [1] * len(text.split())
+
+    def complete(self, prompt: str, *, max_tokens: int) -> Generation:
+        self.prompts.append(prompt)
+        code = re.search("[0-9]{6}", prompt[: len(prompt) // 2])
+        self.last = Generation(code[0] if code else "?", prompt_tokens=len(prompt.split()))
+        return self.last
+
+    def reset(self) -> None:
+        pass
+
+    def __enter__(self) -> HalfReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def ask(
+    monkeypatch: pytest.MonkeyPatch, model: Path, seed: int = 0
+) -> tuple[NeedleReport, list[str]]:
+    session = HalfReader()
+    monkeypatch.setattr(needle, "load", lambda *_, **__: session)
+    found = needle.evaluate(
+        model, lengths=[2048, 1024], depths=[100, 0, 25, 75], trials=2, seed=seed
+    )
+    return found, session.prompts
+
+
+def test_hits_stand_under_their_length_and_depth(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = ask(monkeypatch, smollm2_gguf)
+    assert found.depths == (0, 25, 75, 100)
+    assert [(row.length, row.hits) for row in found.here.lengths] == [
+        (1024, (2, 2, 0, 0)),
+        (2048, (2, 2, 0, 0)),
+    ]
+    assert all(row.recall.value == 0.5 for row in found.here.lengths)
+    # A word counts as a token here, so the length is met but for the last sentence's part.
+    for row in found.here.lengths:
+        assert row.length - 150 < row.tokens <= row.length - 32
+
+
+def test_a_seed_hides_the_same_codes_again(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = ask(monkeypatch, smollm2_gguf)
+    assert ask(monkeypatch, smollm2_gguf)[1] == first
+    assert ask(monkeypatch, smollm2_gguf, seed=1)[1] != first
+    codes = [re.findall("[0-9]{6}", prompt) for prompt in first[1:]]
+    assert len({code for found in codes for code in found}) == len(codes) == 16
+
+
+def test_each_prompt_begins_like_the_one_before_it_up_to_its_needle(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine has read of the text before is in its cache, and costs nothing."""
+    _, prompts = ask(monkeypatch, smollm2_gguf)
+    for before, prompt in itertools.pairwise(prompts[1:]):
+        own = prompt.index("The access code of the archive")
+        assert before.startswith(prompt[:own]) or len(prompt) > len(before) + 2000
 
 
 def report() -> NeedleReport:

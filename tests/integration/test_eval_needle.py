@@ -1,0 +1,67 @@
+"""A real model finds a code in a short text; a model of noise does not, and nothing crashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import Ran
+
+from edgekit import needle
+
+
+def test_a_real_model_finds_the_code(smollm2_gguf: Path) -> None:
+    stages: list[tuple[str, int, int]] = []
+    found = needle.evaluate(
+        smollm2_gguf,
+        lengths=[256, 384],
+        depths=[0, 100],
+        trials=1,
+        threads=1,
+        progress=lambda *report: stages.append(report),
+    )
+    assert found.here.chat
+    assert found.here.recall.value > 0.5
+    for row in found.here.lengths:
+        # Prompt and answer fill the length, but for a part of a sentence.
+        assert row.length - 150 < row.tokens < row.length - 32
+        assert row.ttft_ms > 0
+        # 30 layers with 3 heads of 64 float16 keys and as many values
+        assert row.kv_bytes == row.length * 30 * 2 * 3 * 64 * 2
+    assert [done for _, done, _ in stages] == [256, 512, 896, 1280]
+    assert {total for _, _, total in stages} == {1280}
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text(
+    tiny_gguf: Callable[[str], Path],
+) -> None:
+    model = tiny_gguf("gpt2")
+    found = needle.evaluate(model, against=model, depths=[50], trials=2, threads=1)
+    assert not found.here.chat
+    assert [row.length for row in found.here.lengths] == [256], "what it was trained for"
+    assert found.here.recall.value == 0
+    assert found.flips is not None
+    assert (found.flips.gained, found.flips.lost) == (0, 0)
+
+
+def test_the_command_prints_a_grid_and_draws_it(
+    tiny_gguf: Callable[[str], Path], cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    options = ["--needle", "--depths", "0,100", "--trials", "1", "--threads", "1"]
+    done = cli("eval", tiny_gguf("llama2"), *options, "--plot", "grid.png")
+    assert done.code == 0, done.stderr
+    assert "at 0%" in done.stdout and "KV cache" in done.stdout
+    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+    done = cli("eval", tiny_gguf("llama2"), *options, "--json")
+    body = json.loads(done.stdout)
+    assert body["depths"] == [0, 100]
+    assert body["lengths"][0]["hits"] == [0, 0]
+
+
+def test_options_of_another_measurement_are_refused(
+    smollm2_gguf: Path, cli: Callable[..., Ran]
+) -> None:
+    done = cli("eval", smollm2_gguf, "--needle", "--shots", "2")
+    assert (done.code, done.stdout) == (2, "")
+    assert "--shots means nothing with --needle" in done.stderr
