@@ -244,7 +244,9 @@ def _score(
 
     def on_report(message: tuple[int, dict[str, Any] | None]) -> None:
         total, row = message
-        if row is not None:
+        if row is None:
+            progress("load", 1, 1)
+        else:
             rows.append(row)
         progress("evaluate", len(rows), total)
 

@@ -38,6 +38,7 @@ class LlamaScorer:
             n_ctx=n_ctx,
             n_batch=BLOCK_TOKENS,
             n_threads=threads,
+            n_gpu_layers=0,  # drivers reserve more address space than the child may have
             adapters=tuple((file, 1.0) for file in adapters),
         )
         check_params(params)
