@@ -45,10 +45,11 @@ def figure(path: Path, *, width_in: float = 7.0, height_in: float = 4.0) -> Iter
     check_form(path)
     try:
         import matplotlib
+        from cycler import cycler
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("plot", missing="matplotlib") from None
-    with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
+    with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
         drawn = Figure(figsize=(width_in, height_in), layout="constrained")
         yield drawn
         form = path.suffix.lower()[1:]
