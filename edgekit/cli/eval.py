@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgekit import evaluate, plot
-from edgekit.cli import show, show_divergence, show_needle, show_tasks
+from edgekit.cli import show, show_divergence, show_needle, show_sensitivity, show_tasks
 from edgekit.errors import UsageError
 
 _N_CTX = 512
@@ -25,6 +25,7 @@ _N_CTX = 512
 @click.option("--text", type=Path, metavar="FILE", help="UTF-8 text (default: edgekit's own).")
 @show_tasks.options
 @show_needle.options
+@show_sensitivity.options
 @click.option(
     "--ctx",
     "n_ctx",
@@ -37,7 +38,8 @@ _N_CTX = 512
     "--plot",
     "plot_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the distribution of the KL divergence, or the heat map of --needle (.png or .svg).",
+    help="Draw the KL divergence, the heat map of --needle or the parts of --sensitivity"
+    " (.png or .svg).",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
@@ -51,22 +53,39 @@ def command(
     as_json: bool,
     task_file: Path | None,
     needle_: bool,
+    sensitivity_: bool,
     **fields: Any,
 ) -> None:
     """Measure how well ARTIFACT predicts a text, alone or against a reference.
 
-    ARTIFACT and REF are artifacts' folders or GGUF files.
+    ARTIFACT and REF are artifacts' folders or GGUF files. With --sensitivity they are models to
+    quantize: GGUF files, Hugging Face folders, hub ids or the built-in name smollm2-135m.
 
     \b
     edgekit eval build/smollm2-q4 --text my-text.txt
     edgekit eval build/smollm2-q4 --against build/smollm2-f16 --plot kl.png
     edgekit eval build/smollm2-q4 --tasks questions.jsonl --shots 5
     edgekit eval build/smollm2-q4 --needle --lengths 1024,4096 --plot needle.png
+    edgekit eval --sensitivity ./Llama-2-7b ./Llama-3-8B --bits 8,4,3 --plot loss.png
     """
+    widths = {name: fields.pop(name) for name in show_sensitivity.NAMES}
+    if sensitivity_:
+        other = {"against": against, "chunks": chunks, "tasks": task_file} | fields
+        _refuse("with --sensitivity", other | {"needle": needle_ or None})
+        return show_sensitivity.run(
+            models,
+            text=text,
+            plot_file=plot_file,
+            as_json=as_json,
+            threads=threads,
+            n_ctx=n_ctx,
+            **widths,
+        )
+    _refuse("without --sensitivity", widths)
     if len(models) > 1:
         raise UsageError(
             f"this takes one model, not {len(models)}",
-            hint="edgekit eval ARTIFACT --against REF compares two",
+            hint="edgekit eval ARTIFACT --against REF compares two; so does --sensitivity",
         )
     shared: dict[str, Any] = {"against": against, "threads": threads, "as_json": as_json}
     tasks = {name: fields.pop(name) for name in show_tasks.NAMES}

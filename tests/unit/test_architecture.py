@@ -24,8 +24,8 @@ _FLOORS = """
 2  telemetry report_text
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
-4  tasks needle sensitivity advice
-4  bench_plan bench_side bench_worker bench_files bench_plot compare
+4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
+4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 5  cli __main__
 """
 FLOORS = {
