@@ -8,49 +8,36 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__, _fs, machine, telemetry
+from edgekit import __version__, machine, telemetry
 from edgekit.artifact import MANIFEST, Artifact
+from edgekit.bench_models import FORMAT, Model, opened
 from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
 from edgekit.bench_side import EngineSide, Sample, SessionSide
+from edgekit.bench_verdict import judged
 from edgekit.compare import Comparison, between, within
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.formats import gguf
 from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.report import (
     BenchReport,
     BenchRow,
     EngineFacts,
     MachineFacts,
-    ModelFacts,
-    VerdictRow,
     read,
 )
 
-_FORMAT = "gguf"
 # What a child needs beside the file: its weights once more (repacked), Python and the engine.
 _COPIES = 2
 _CHILD_BYTES = 300 << 20
 _BUSY_LOAD = 0.5  # of a core, before anything has begun
 _CLOCK_FALL = 0.85
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to measure: its file, what a user loads, and what its header says."""
-
-    path: Path
-    given: Path
-    header: gguf.GgufHeader
-    facts: ModelFacts
 
 
 def bench(
@@ -73,9 +60,9 @@ def bench(
     if not models:
         raise UsageError("which model?", hint="edgekit bench ARTIFACT")
     before = telemetry.conditions(machine.root())
-    found = _opened(models, progress)
+    found = opened(models, progress)
     report = _Run(found, asked, progress).report(before)
-    return _judged(report, found, progress) if probe else report
+    return judged(report, found, progress) if probe else report
 
 
 def bench_against(
@@ -145,7 +132,7 @@ class _Run:
             taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
             edgekit=__version__,
             machine=_machine_facts(root),
-            engine=EngineFacts(RUNTIME_OF_FORMAT[_FORMAT], **self._engine),
+            engine=EngineFacts(RUNTIME_OF_FORMAT[FORMAT], **self._engine),
             models=tuple(model.facts for model in self._models),
             before=before,
             after=telemetry.conditions(root),
@@ -230,62 +217,6 @@ class _Run:
             )
 
 
-def _opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[Model]:
-    found: list[Model] = []
-    for given in models:
-        if isinstance(given, Artifact):
-            artifact: Artifact | None = given
-        else:
-            artifact = None if Path(given).is_file() else Artifact.open(given)
-        if artifact is None:
-            shown = path = Path(str(given))
-        else:
-            if artifact.format != _FORMAT:
-                raise UsageError(f"edgekit bench measures {_FORMAT}, not {artifact.format}")
-            artifact.verify_sizes()
-            shown, path = artifact.path, artifact.model_path
-        header = gguf.read(path)
-        name = _unique(shown.resolve().name, [model.facts.name for model in found])
-        kind = artifact.manifest.recipe.type if artifact else header.main_type()
-        found.append(
-            Model(
-                path=path.absolute(),
-                given=shown.absolute(),
-                header=header,
-                facts=ModelFacts(
-                    name=name,
-                    sha256=_hash(path, name, progress),
-                    size_bytes=header.file_size,
-                    type=kind,
-                    architecture=header.architecture,
-                    parameters=header.parameters,
-                ),
-            )
-        )
-    return found
-
-
-def _unique(name: str, taken: Sequence[str]) -> str:
-    """A printable name that no other model of the report has."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    number, found = 1, name
-    while found in taken:
-        number += 1
-        found = f"{name} ({number})"
-    return found
-
-
-def _hash(path: Path, name: str, progress: Progress) -> str:
-    done, total = 0, path.stat().st_size
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"hash {name}", done, total)
-
-    return _fs.sha256_file(path, on_bytes)
-
-
 def _check_context(model: Model, setting: Setting) -> None:
     trained = model.header.metadata.get(f"{model.header.architecture}.context_length")
     needed = setting.n_ctx // setting.n_seqs
@@ -354,58 +285,3 @@ def _weighted(shares: Sequence[float | None], seconds: Sequence[float]) -> float
     pairs = [(share, s) for share, s in zip(shares, seconds, strict=True) if share is not None]
     total = sum(s for _, s in pairs)
     return sum(share * s for share, s in pairs) / total if total else None
-
-
-def _judged(report: BenchReport, models: Sequence[Model], progress: Progress) -> BenchReport:
-    """The report with a verdict on each model, or a remark why there is none."""
-    from edgekit import model_cost, probe, roofline
-
-    threads = sorted({row.n_threads for row in report.rows})
-    verdicts: list[VerdictRow] = []
-    for model in models:
-        name = model.facts.name
-        rows = report.rows_of(name)
-        kin = [
-            other.facts.name
-            for other in models
-            if other is not model and other.facts.parameters == model.facts.parameters
-        ]
-        cost = model_cost.cost(model.header)
-        try:
-            limits = probe.limits(threads, types=cost.types, progress=progress)
-            verdict = roofline.verdict(
-                rows,
-                cost,
-                limits,
-                others=[row for row in report.rows if row.model in kin],
-                host_ms=_host_ms(report, name),
-            )
-        except EdgekitError as error:
-            remark = f"no verdict on {name}: {error.message}"
-            report = replace(report, remarks=(*report.remarks, remark))
-            continue
-        verdicts.append(
-            VerdictRow(
-                model=name,
-                kind=verdict.kind,
-                share=verdict.share,
-                sentence=verdict.sentence,
-                rows=tuple(row.sentence for row in verdict.rows),
-                evidence=verdict.evidence,
-                advice=tuple(advice.text for advice in verdict.advice),
-            )
-        )
-    return replace(report, verdicts=tuple(verdicts))
-
-
-def _host_ms(report: BenchReport, name: str) -> float | None:
-    """What a session's token costs beyond the engine's own loop, in ms; None if unknown."""
-    session = next((row for row in report.sessions if row.model == name), None)
-    if session is None or not session.decode_tok_s:
-        return None
-    for row in report.rows_of(name):
-        same = row.n_threads == session.n_threads and row.kv_type == session.kv_type
-        if row.n_gen and row.n_depth == session.n_depth and row.n_seqs == 1 and same:
-            mine = 1e3 / statistics.fmean(session.decode_tok_s)
-            return max(0.0, mine - 1e3 / row.tok_s)
-    return None

@@ -1,25 +1,31 @@
-"""Reports as files: JSON, CSV, Markdown or a picture, by the file's suffix.
+"""Reports and profiles as files: JSON, CSV, Markdown or a picture, by the file's suffix.
 
 Knows suffixes; never what the forms look like.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from edgekit import _fs, report_text
-from edgekit.errors import UsageError
+from edgekit import _fs, bench_plot, plot, profile, report_text
+from edgekit.errors import MissingExtraError, UsageError
+from edgekit.profile import Profile
 from edgekit.report import BenchReport
 
-_FORMS = (".json", ".csv", ".md")
+_FORMS = (".json", ".csv", ".md", *plot.FORMS)
 
 
 def check(path: Path) -> None:
-    """Raises UsageError for a file of no known form: before the work, not after."""
+    """Raises UsageError for a file of no known form, MissingExtraError for a picture without
+    matplotlib: before the work, not after.
+    """
     if path.suffix.lower() not in _FORMS:
         raise UsageError(f"cannot write {path.name}", hint=f"end it in {', '.join(_FORMS)}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
+    if path.suffix.lower() in plot.FORMS and find_spec("matplotlib") is None:
+        raise MissingExtraError("plot", missing="matplotlib")
 
 
 def write(report: BenchReport, path: Path) -> None:
@@ -33,5 +39,17 @@ def write(report: BenchReport, path: Path) -> None:
         _fs.write_atomic(path, report.to_json())
     elif form == ".csv":
         _fs.write_atomic(path, report_text.as_csv(report).encode("utf-8", "replace"))
-    else:
+    elif form == ".md":
         _fs.write_atomic(path, report_text.markdown(report).encode("utf-8", "replace"))
+    else:
+        bench_plot.draw(report, path)
+
+
+def draw_profile(part: Profile, path: Path, number: int) -> None:
+    """Beside the picture ``path`` of a report that of its ``number``-th model's profile.
+
+    ``speed.png`` -> ``speed-profile.png``, ``speed-profile-2.png``; nothing for other forms.
+    """
+    if path.suffix.lower() in plot.FORMS:
+        name = f"{path.stem}-profile" + (f"-{number}" if number > 1 else "")
+        profile.draw(part, path.with_name(name + path.suffix))

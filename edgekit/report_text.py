@@ -39,7 +39,7 @@ def _cells(row: BenchRow, *, energy: bool) -> tuple[str, ...]:
         row.kv_type,
         row.test,
         figure(row.tok_s),
-        figure(row.tok_s_sd),
+        figure(row.tok_s_sd, beside=row.tok_s),
         *(figure(row.ms_per_token(percent)) for percent in (50, 95, 99)),
         mib(row.peak_rss_bytes),
     )
@@ -65,13 +65,15 @@ def session_cells(rows: Sequence[SessionRow]) -> list[tuple[str, ...]]:
     ]
 
 
-def figure(value: float) -> str:
-    """Three digits that count: ``0.0123``, ``1.23``, ``12.3``, ``1234``."""
-    if value == 0:
-        return "0"
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def figure(value: float, beside: float | None = None) -> str:
+    """Three digits that count: ``0.0123``, ``1.23``, ``12.3``, ``1234``.
+
+    A spread has as many decimals as the figure that it stands ``beside``.
+    """
+    scale = abs(value if beside is None else beside)
+    if scale >= 1 or beside is not None:
+        return f"{value:.{0 if scale >= 99.95 else 1 if scale >= 9.995 else 2}f}"
+    return f"{value:.3g}"
 
 
 def mib(size_bytes: int | None) -> str:
@@ -118,7 +120,9 @@ def markdown(report: BenchReport) -> str:
         )
     for verdict in report.verdicts:
         lines = [f"**{_plain(verdict.model)}: {_plain(verdict.sentence)}**", ""]
-        lines += [f"- {_plain(text)}" for text in (*verdict.evidence, *verdict.advice)]
+        lines += [
+            f"- {_plain(text)}" for text in (*verdict.evidence, *verdict.advice, *verdict.rows)
+        ]
         parts.append("\n".join(lines))
     notes = [f"- {_plain(remark)}" for remark in report.remarks]
     if notes:

@@ -10,6 +10,7 @@ import click
 
 from edgekit import bench_files
 from edgekit.bench import bench, bench_against
+from edgekit.bench_verdict import profiles
 from edgekit.cli import show, show_bench
 from edgekit.compare import gate
 from edgekit.errors import UsageError
@@ -55,9 +56,9 @@ def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
 @click.command()
 @click.argument("models", nargs=-1, metavar="MODEL...")
 @_list("-t", "--threads", text="CPU threads [default: what edgekit.load would take].")
-@_list("-p", "--prompts", text="Tokens to read; 0 for none [default: 512].")
-@_list("-n", "--answers", text="Tokens to generate; 0 for none [default: 128].")
-@_list("-d", "--depths", text="Tokens that stand before the answer [default: 0].")
+@_list("-p", "--prompt", "prompts", text="Tokens to read; 0 for none [default: 512].")
+@_list("-n", "--answer", "answers", text="Tokens to generate; 0 for none [default: 128].")
+@_list("-d", "--depth", "depths", text="Tokens that stand before the answer [default: 0].")
 @_list("--kv", "kv_types", text="Types of the KV cache [default: f16].", read=_words)
 @_list("--batch", "batches", text="Sequences decoded side by side [default: 1].")
 @click.option(
@@ -69,6 +70,7 @@ def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
 @click.option("--no-flash-attention", is_flag=True, help="Without the fused attention kernels.")
 @click.option("--no-session", is_flag=True, help="Only the engine's own loops.")
 @click.option("--no-probe", is_flag=True, help="No verdict: do not measure the machine's limits.")
+@click.option("--profile", is_flag=True, help="Show where the time goes, by operator and layer.")
 @click.option(
     "--out",
     "outs",
@@ -99,6 +101,7 @@ def command(
     as_json: bool,
     no_probe: bool,
     no_session: bool,
+    profile: bool,
     no_flash_attention: bool,
     **lists: Any,
 ) -> None:
@@ -115,8 +118,8 @@ def command(
     if no_flash_attention:
         sweep["flash_attention"] = False
     if sides:
-        if models:
-            raise UsageError("--compare takes its two sides alone: leave out the other models")
+        if models or profile:
+            raise UsageError("--compare takes its two sides alone: leave out models and --profile")
         return _compare(sides, sweep, outs, limit, as_json)
     if limit is not None:
         raise UsageError("--fail-if-slower needs --compare A B")
@@ -124,11 +127,20 @@ def command(
         raise UsageError("which model?", hint="edgekit bench build/smollm2-q4")
     with show.progress(quiet=as_json) as progress:
         found = bench(*models, probe=not no_probe, progress=progress, **sweep)
-    _write(found, outs)
-    if as_json:
-        show.as_json(found.to_dict())
-    else:
+        _write(found, outs)
+        parts = profiles(models, found, progress) if profile else []
+    for number, part in enumerate(parts, 1):
+        for out in outs:
+            bench_files.draw_profile(part, out, number)
+    if not as_json:
         show_bench.report(found)
+        for part in parts:
+            show_bench.profile(part)
+    elif profile:
+        body = {"report": found.to_dict(), "profiles": [part.to_dict() for part in parts]}
+        show.as_json(body)
+    else:
+        show.as_json(found.to_dict())
 
 
 def _compare(

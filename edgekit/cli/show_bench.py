@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import click
 
+from edgekit import profile as profiles
 from edgekit import report_text
 from edgekit.cli import show
 from edgekit.compare import CONFIDENCE, Comparison
+from edgekit.profile import Profile
 from edgekit.report import BenchReport
 
 
@@ -25,7 +27,7 @@ def report(found: BenchReport) -> None:
     for verdict in found.verdicts:
         click.echo()
         click.echo(click.style(f"{verdict.model}: {verdict.sentence}", bold=True))
-        for line in (*verdict.evidence, *verdict.advice):
+        for line in (*verdict.evidence, *verdict.advice, *verdict.rows):
             click.echo(f"  {line}")
     click.echo()
     show.table(list(report_text.machine_lines(found)))
@@ -53,3 +55,16 @@ def comparison(found: Comparison) -> None:
     show.table(rows, head=head)
     for note in found.notes:
         show.warn(note)
+
+
+def profile(found: Profile) -> None:
+    """Two tables: kinds of operators, and layers."""
+    for what, rows in (
+        ("kind of operator", profiles.kind_rows(found)),
+        ("layer", profiles.layer_rows(found)),
+    ):
+        click.echo(f"\n{found.model}, by {what}:")
+        show.table(rows, head=profiles.HEAD)
+    for phase in (found.prefill, found.decode):
+        slower = f"{phase.overhead:.0%} slower" if phase.overhead > 0 else "no slower"
+        click.echo(f"{phase.name}: timing every operator made it {slower}")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,34 @@ def test_a_busy_and_a_throttled_run_say_so() -> None:
     assert reports.made(throttled=True).throttled
 
 
+_SWEEPS = {
+    "one row": (reports.row(),),
+    "two models": (reports.row(), reports.answer()),
+    "threads": tuple(reports.answer(n_threads=n) for n in (1, 2, 4)),
+    "batches and caches": tuple(
+        reports.answer(n_seqs=n, kv_type=kv) for n in (1, 4) for kv in ("f16", "q8_0")
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", _SWEEPS.values(), ids=_SWEEPS.keys())
+def test_every_sweep_makes_a_picture_that_repeats(
+    rows: tuple[report.BenchRow, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    found = replace(reports.made(), rows=rows)
+    for name in ("p.svg", "again.svg", "p.png"):
+        bench_files.write(found, tmp_path / name)
+    picture = (tmp_path / "p.svg").read_bytes()
+    assert picture == (tmp_path / "again.svg").read_bytes()
+    assert picture.count(b"<path") > 40
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_figures_are_shown_with_three_digits_that_count() -> None:
     assert [report_text.figure(x) for x in (0.01234, 1.234, 12.34, 1234.5, 0)] == [
         *("0.0123", "1.23", "12.3", "1234", "0")
     ]
+    assert (
+        report_text.figure(0.5, beside=150.0) == "0" and report_text.figure(5, beside=15) == "5.0"
+    )

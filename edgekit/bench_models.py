@@ -1,0 +1,93 @@
+"""The models of a benchmark: opened, checked, hashed and named.
+
+Knows artifacts and GGUF headers; never what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit import _fs
+from edgekit.artifact import Artifact
+from edgekit.errors import UsageError
+from edgekit.exporter import Progress
+from edgekit.formats import gguf
+from edgekit.report import ModelFacts
+
+FORMAT = "gguf"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to measure: its file, what a user loads, and what its header says."""
+
+    path: Path
+    given: Path
+    header: gguf.GgufHeader
+    facts: ModelFacts
+
+
+def opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[Model]:
+    """The models, each with a name of its own. Raises ArtifactError, SourceError, UsageError."""
+    found: list[Model] = []
+    for given in models:
+        artifact, shown, path = _located(given)
+        header = gguf.read(path)
+        name = _unique(shown.resolve().name, [model.facts.name for model in found])
+        kind = artifact.manifest.recipe.type if artifact else header.main_type()
+        found.append(
+            Model(
+                path=path.absolute(),
+                given=shown.absolute(),
+                header=header,
+                facts=ModelFacts(
+                    name=name,
+                    sha256=_hash(path, name, progress),
+                    size_bytes=header.file_size,
+                    type=kind,
+                    architecture=header.architecture,
+                    parameters=header.parameters,
+                ),
+            )
+        )
+    return found
+
+
+def file_of(given: Artifact | str | Path) -> Path:
+    """The model's file. Raises ArtifactError, UsageError."""
+    return _located(given)[2]
+
+
+def _located(given: Artifact | str | Path) -> tuple[Artifact | None, Path, Path]:
+    """The artifact if it is one, what to call the model by, and its file."""
+    if not isinstance(given, Artifact):
+        if Path(given).is_file():
+            return None, Path(given), Path(given)
+        given = Artifact.open(given)
+    if given.format != FORMAT:
+        raise UsageError(f"edgekit bench measures {FORMAT}, not {given.format}")
+    given.verify_sizes()
+    return given, given.path, given.model_path
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    """A printable name that no other model of the report has."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name} ({number})"
+    return found
+
+
+def _hash(path: Path, name: str, progress: Progress) -> str:
+    done, total = 0, path.stat().st_size
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"hash {name}", done, total)
+
+    return _fs.sha256_file(path, on_bytes)
