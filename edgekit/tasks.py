@@ -272,6 +272,7 @@ def _scores(
 ) -> list[list[tuple[float, bool]]]:
     trained = trained_tokens(gguf.read(Path(files.path)))
     n_ctx = n_ctx or min(_DEFAULT_N_CTX, trained or _DEFAULT_N_CTX)
+    progress(stage, 0, len(requests))
     scores: list[list[tuple[float, bool]]] = _proc.call(
         "edgekit.tasks:_score",
         {"model": vars(files), "requests": requests, "n_ctx": n_ctx, "threads": threads},

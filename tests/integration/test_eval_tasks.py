@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Ran
 
 from edgekit import tasks
 from edgekit.errors import PromptTooLongError
@@ -143,4 +148,71 @@ def test_a_line_that_does_not_fit_stops_the_run_before_it_begins(
             threads=1,
             progress=lambda *report: reports.append(report),
         )
-    assert not reports
+    assert reports == [("score", 0, 2)]
+
+
+# The command
+
+
+def test_labelled_texts_get_recalls_and_a_confusion(
+    smollm2_gguf: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    rows = [
+        {"text": "I love this film, it is wonderful.", "label": "good"},
+        {"text": "What a great and beautiful day!", "label": "good"},
+        {"text": "This is the worst food I ever had.", "label": "bad"},
+        {"text": "A terrible, boring waste of time.", "label": "bad"},
+        {"text": "Everything about it was perfect.", "label": "good"},
+        {"text": "I hated every minute of it.", "label": "bad"},
+    ]
+    path = write(tmp_path / "mood.jsonl", rows)
+    options = ["--tasks", path, "--threads", "1", "--template", r"Review: {text}\nIt was"]
+    done = cli("eval", smollm2_gguf, *options, "--json")
+    assert done.code == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["labels"] == ["bad", "good"]
+    picks = [answer["pick"] for answer in body["answers"]]
+    golds = [answer["gold"] for answer in body["answers"]]
+    assert golds == [1, 1, 0, 0, 1, 0]
+    assert body["confusion"] == [
+        [sum(p == pick and g == gold for p, g in zip(picks, golds, strict=True)) for pick in (0, 1)]
+        for gold in (0, 1)
+    ]
+    assert [recall["value"] for recall in body["recalls"]] == [
+        body["confusion"][label][label] / 3 for label in (0, 1)
+    ]
+    done = cli("eval", smollm2_gguf, *options, "--against", smollm2_gguf)
+    assert done.code == 0, done.stderr
+    assert "as good" in done.stdout
+    assert "0 gained, 0 lost, p = 1" in done.stdout
+
+
+def test_a_bad_line_ends_with_its_number_and_no_output(
+    smollm2_gguf: Path, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    path = write(tmp_path / "bad.jsonl", [{"context": "a", "continuation": "b"}, {"context": "a"}])
+    done = cli("eval", smollm2_gguf, "--tasks", path)
+    assert (done.code, done.stdout) == (2, "")
+    assert "bad.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_a_run_and_its_child(smollm2_gguf: Path, tmp_path: Path) -> None:
+    rows = [{"context": f"{i} " + "word " * 200, "continuation": "word"} for i in range(2000)]
+    path = write(tmp_path / "long.jsonl", rows)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", "eval", smollm2_gguf, "--tasks", path, "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "score ...\n"
+    time.sleep(3)  # the child has loaded the model, and is at work
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.send_signal(signal.SIGINT)
+    started_s = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - started_s < 5
+    assert (process.returncode, out, err.strip()) == (130, "", "stopped")
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
