@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edgekit.recipe import Recipe
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+_UNPROVEN = {"status": "unproven"}
 _MAX_MANIFEST_BYTES = 16 << 20
 _KEYS = {
     "schema",
@@ -47,7 +48,8 @@ class ArtifactFile:
 @dataclass(frozen=True)
 class Manifest:
     """What an artifact is and how it was made. No clock time and no machine name in here, so that
-    the same recipe on the same source gives the same bytes; measured figures live in ``receipt``.
+    the same recipe on the same source gives the same bytes; measured figures live in ``receipt``,
+    which is no part of ``identity``.
     """
 
     format: str
@@ -56,7 +58,13 @@ class Manifest:
     files: tuple[ArtifactFile, ...]
     details: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    receipt: dict[str, Any] = field(default_factory=lambda: {"status": "unproven"})
+    receipt: dict[str, Any] = field(default_factory=lambda: dict(_UNPROVEN))
+
+    @property
+    def identity(self) -> str:
+        """The hash of what was exported and how: of this manifest with no receipt in it."""
+        bare = replace(self, receipt=dict(_UNPROVEN))
+        return hashlib.sha256(bare.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """Canonical JSON with the hash of itself: a changed bit anywhere in it shows."""
@@ -195,8 +203,11 @@ class Artifact:
 
     @cached_property
     def sha256(self) -> str:
-        """One hash for the whole artifact: that of its manifest, which holds the others."""
-        return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
+        """One hash for the whole artifact: that of its manifest, which holds the others.
+
+        Without the receipt: times vary, and exports of the same bytes are the same artifact.
+        """
+        return self.manifest.identity
 
     def verify_sizes(self) -> None:
         """A cheap check before every load: each file is there, regular, and of the right size."""

@@ -121,7 +121,7 @@ def examine(root: Path | None = None, engine: Engine | None = None) -> Report:
         versions=_versions(),
         extras=_extras(),
         warnings=(
-            *_engine_warnings(cpu, engine),
+            *engine_warnings(cpu, engine),
             *_machine_warnings(
                 cpu, memory, cpu_limit, free, pointer_bits=sys.maxsize.bit_length() + 1
             ),
@@ -226,7 +226,8 @@ def _extras() -> dict[str, Extra]:
     return extras
 
 
-def _engine_warnings(cpu: Cpu, engine: Engine) -> list[str]:
+def engine_warnings(cpu: Cpu, engine: Engine) -> list[str]:
+    """Why ``engine`` is not as fast as ``cpu`` allows, one sentence each; none when it is."""
     if engine.problem:
         return [
             f"llama.cpp does not load here: {engine.problem}; make its wheel with scripts/build"

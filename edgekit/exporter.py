@@ -1,4 +1,4 @@
-"""Export: resolve the recipe, check the room, run the exporter, hash, commit.
+"""Export: resolve the recipe, check the room, run the exporter, prove, hash, commit.
 
 Knows the order of the work and the manifest; never a format's bytes, those are the exporters'.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +15,15 @@ from typing import Any, Protocol
 from edgekit import __version__, _fs
 from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest, is_artifact
 from edgekit.errors import ParityError, RecipeError, UsageError
+from edgekit.receipt import PROVEN, Gates, Receipt, differences
 from edgekit.recipe import Recipe
-from edgekit.registry import EXPORTERS
+from edgekit.registry import EXPORTERS, PROOFS
 from edgekit.source import ModelSource
 from edgekit.source import source as resolve_source
 
 # progress(stage, done, total): what is being done, and how far it is in units of its own.
 Progress = Callable[[str, int, int], None]
+_REFERENCE_FILE = "reference.gguf"
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -63,7 +65,8 @@ class TensorPlan:
 class ExportPlan:
     """What an export would make: sizes in bytes, bits per weight, the type of every tensor.
 
-    ``scratch_bytes`` is needed on the output's disk while the work runs, beside ``size_bytes``.
+    ``scratch_bytes`` is needed on the output's disk while the work runs, beside ``size_bytes``;
+    then ``reference_bytes`` for the float model that a receipt is measured against.
     """
 
     recipe: Recipe
@@ -72,6 +75,7 @@ class ExportPlan:
     bits_per_weight: float
     tensors: tuple[TensorPlan, ...]
     warnings: tuple[str, ...] = ()
+    reference_bytes: int = 0
 
     @property
     def fallbacks(self) -> list[TensorPlan]:
@@ -112,6 +116,34 @@ class Exporter(Protocol):
         """
         ...
 
+    def reference(
+        self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
+    ) -> Path:
+        """The float model that the product of ``recipe`` is measured against.
+
+        Written to ``path``, or the source itself where it is that model already.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a proof is about: ``product`` (with ``adapters`` beside it) does what ``source`` does,
+    as far as its bits go. ``reference`` is a float file of the source. ``chunks`` of held-out text
+    are read; None lets the proof choose, by the time that they take here.
+    """
+
+    source: ModelSource
+    product: Path
+    adapters: tuple[Path, ...]
+    reference: Path
+    fallbacks: int
+    chunks: int | None = None
+
+
+# A proof: measures everything and fills the receipt. Raises ParityError where the claim is false.
+Proof = Callable[[Claim, Progress], Receipt]
+
 
 def plan(
     model: str | Path | ModelSource,
@@ -132,19 +164,29 @@ def export(
     revision: str | None = None,
     progress: Progress = no_progress,
     expect: Manifest | None = None,
+    receipt: bool = True,
+    gates: Gates | None = None,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
 
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
-    ``expect`` is the manifest of an earlier export that this one must repeat, byte for byte.
-    Raises UsageError, SourceError, ExportError, OutOfSpaceError, MissingExtraError.
+    With ``receipt`` the output is proved before it is committed (docs/receipt.md), and must pass
+    ``gates``; without it the manifest says "unproven". ``expect`` is the manifest of an earlier
+    export that this one must repeat, byte for byte.
+    Raises UsageError, SourceError, ExportError (ParityError and GateError among them),
+    OutOfSpaceError, MissingExtraError, InferenceError.
     """
     try:
         chosen = ExportOptions(**options)
     except TypeError as error:
         raise UsageError(f"export() {str(error).partition(') ')[2]}") from None
-    out = Path(out)
+    out, gates = Path(out), gates or Gates()
+    if gates.need_a_receipt and not receipt:
+        raise UsageError(
+            "without a receipt nothing is measured that a gate could check",
+            hint="drop --no-receipt, or all gates but --max-size",
+        )
     source, exporter, plan = _prepare(model, format, revision, chosen)
     if expect is not None and plan.recipe != expect.recipe:
         was, now = expect.recipe.to_dict(), plan.recipe.to_dict()
@@ -154,7 +196,8 @@ def export(
         )
     if _inside(source.path, out):
         raise UsageError(f"--out {out} lies inside the model's own folder")
-    _fs.require_space(out.absolute(), plan.size_bytes + plan.scratch_bytes)
+    beside = max(plan.scratch_bytes, plan.reference_bytes if receipt else 0)
+    _fs.require_space(out.absolute(), plan.size_bytes + beside)
     with _fs.staged(out, owns=is_artifact) as folder:
         hashes = _source_hashes(source, progress)
         product = exporter.run(source, hashes, plan, folder, progress)
@@ -169,7 +212,7 @@ def export(
                 "quantized": source.quantized,
                 "sha256": hashes,
             },
-            files=tuple(_hashed(folder, role, name, progress) for role, name in product.files),
+            files=_hashed(folder, product.files, progress),
             details=product.details,
             versions=_versions(product.packages),
         )
@@ -179,8 +222,44 @@ def export(
                 + (_difference(_engine(expect), _engine(manifest)) or "no version differs"),
                 hint="repeat it with the versions, and on the kind of CPU, of the earlier export",
             )
+        proved = Receipt()
+        if receipt:
+            made = Artifact(folder, manifest)
+            proved = _prove(exporter, source, plan, made, folder / _REFERENCE_FILE, None, progress)
+        gates.check(proved, sum(file.size_bytes for file in manifest.files))
+        proved = replace(proved, gates=gates.limits())
+        manifest = replace(manifest, receipt=proved.to_dict())
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return Artifact.open(out)
+
+
+def _prove(
+    exporter: Exporter,
+    source: ModelSource,
+    plan: ExportPlan,
+    artifact: Artifact,
+    scratch: Path,
+    chunks: int | None,
+    progress: Progress,
+) -> Receipt:
+    """Measure ``artifact`` against the float model, which lies at ``scratch`` meanwhile."""
+    if artifact.format not in PROOFS:
+        return Receipt(reason=f"edgekit has no proof for the format {artifact.format}")
+    proof: Proof = PROOFS.load(artifact.format)
+    files = artifact.manifest.files
+    claim = Claim(
+        source=source,
+        product=artifact.model_path,
+        adapters=tuple(
+            _fs.contained(artifact.path, file.path) for file in files if file.role == "adapter"
+        ),
+        reference=exporter.reference(source, plan.recipe, scratch, progress),
+        fallbacks=len(plan.fallbacks),
+        chunks=chunks,
+    )
+    receipt = proof(claim, progress)
+    scratch.unlink(missing_ok=True)
+    return receipt
 
 
 def repeat(
@@ -191,29 +270,33 @@ def repeat(
     progress: Progress = no_progress,
     calibration: str | Path | None = None,
     adapter: Path | None = None,
+    receipt: bool | None = None,
+    gates: Gates | None = None,
 ) -> Artifact:
     """Make an artifact again from its manifest: the same recipe on the same source.
 
     The source is ``model``, or found where it was (on the hub, at the pinned revision); it must
     have the same hashes. A calibration text or an adapter that was a file must be given again.
+    A receipt is measured anew; with ``receipt`` None, if the earlier export had one or ``gates``
+    need it.
     Raises RecipeError or SourceError when it is not the same, ParityError when the bytes are not.
     """
     earlier = Artifact.open(manifest_of).manifest
     recipe = earlier.recipe
-    if model is None:
-        source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
-    else:
-        source = resolve_source(str(model))
-    if source.hashes() != earlier.source["sha256"]:
-        raise RecipeError(f"{source.spec} is not the model that the manifest was made from")
+    source = _source_again(earlier, model, no_progress)
     if calibration is None:
         calibration = "builtin" if recipe.calibration else "none"
+    if receipt is None:
+        proven = earlier.receipt["status"] == PROVEN
+        receipt = proven or (gates is not None and gates.need_a_receipt)
     return export(
         source,
         earlier.format,
         out=out,
         progress=progress,
         expect=earlier,
+        receipt=receipt,
+        gates=gates,
         type=recipe.type,
         calibration=calibration,
         chunks=recipe.calibration.chunks if recipe.calibration else None,
@@ -221,6 +304,56 @@ def repeat(
         adapter=adapter,
         adapter_mode=recipe.adapter_mode,
     )
+
+
+def reprove(
+    artifact: Artifact,
+    *,
+    model: str | Path | None = None,
+    adapter: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[Receipt, list[str]]:
+    """Measure an artifact's receipt again, and say where its manifest's figures do not hold.
+
+    The source is found as in ``repeat``; an adapter that was merged must be given again. The
+    artifact is only read. Raises ManifestError for a malformed receipt, RecipeError or SourceError
+    when the source is another, ParityError when the model does not do what its source does.
+    """
+    earlier = artifact.manifest
+    was = Receipt.from_dict(artifact.receipt)
+    source = _source_again(earlier, model, progress)
+    exporter: Exporter = EXPORTERS.load(earlier.format)()
+    options = ExportOptions(
+        type=earlier.recipe.type,
+        calibration="builtin" if earlier.recipe.calibration else "none",
+        adapter=adapter,
+        adapter_mode=earlier.recipe.adapter_mode,
+    )
+    merged = earlier.recipe.adapter_mode == "merge"
+    if merged and exporter.recipe(source, options).adapter != earlier.recipe.adapter:
+        raise RecipeError(
+            "the artifact was made with another adapter",
+            hint="name the adapter that was merged in with --adapter",
+        )
+    plan = exporter.plan(source, earlier.recipe)
+    place = _fs.home("cache") / "receipt" / artifact.sha256[:16]
+    _fs.require_space(place, plan.reference_bytes)
+    chunks = was.quality.chunks if was.quality else None
+    with _fs.scratch(place) as folder:
+        scratch = folder / _REFERENCE_FILE
+        now = _prove(exporter, source, plan, artifact, scratch, chunks, progress)
+    return now, differences(was, now)
+
+
+def _source_again(earlier: Manifest, model: str | Path | None, progress: Progress) -> ModelSource:
+    """The model that a manifest was made from: ``model``, or where it was. Raises RecipeError."""
+    if model is None:
+        source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
+    else:
+        source = resolve_source(str(model))
+    if _source_hashes(source, progress) != earlier.source["sha256"]:
+        raise RecipeError(f"{source.spec} is not the model that the manifest was made from")
+    return source
 
 
 def _prepare(
@@ -264,17 +397,21 @@ def _source_hashes(source: ModelSource, progress: Progress) -> dict[str, str]:
     return source.hashes(on_bytes)
 
 
-def _hashed(folder: Path, role: str, name: str, progress: Progress) -> ArtifactFile:
-    path = folder / name
-    size = path.stat().st_size
+def _hashed(
+    folder: Path, names: tuple[tuple[str, str], ...], progress: Progress
+) -> tuple[ArtifactFile, ...]:
+    sizes = {name: (folder / name).stat().st_size for _, name in names}
     done = 0
 
     def on_bytes(count: int) -> None:
         nonlocal done
         done += count
-        progress("hash the output", done, size)
+        progress("hash the output", done, sum(sizes.values()))
 
-    return ArtifactFile(role, name, size, _fs.sha256_file(path, on_bytes))
+    return tuple(
+        ArtifactFile(role, name, sizes[name], _fs.sha256_file(folder / name, on_bytes))
+        for role, name in names
+    )
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

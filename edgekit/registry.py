@@ -94,6 +94,14 @@ RUNTIMES = Shelf(
     extra="llama",
 )
 
+# What measures an export of a format against its float model and fills the receipt.
+PROOFS = Shelf(
+    "proof for a format",
+    "edgekit.proofs",
+    {"gguf": "edgekit.proof:prove"},
+    extra="export",
+)
+
 # The runtime for an artifact's format, where the user names none.
 RUNTIME_OF_FORMAT = {"gguf": "llamacpp"}
 

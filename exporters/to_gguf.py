@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import quant
-from edgekit.errors import ExportError, RecipeError, UsageError
+from edgekit.errors import ExportError, OutOfSpaceError, RecipeError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
 from edgekit.exporters import hf_to_gguf, imatrix, lora, quantizer
 from edgekit.formats import gguf
@@ -28,6 +28,7 @@ _Q8_0 = gguf.TYPES[8]
 _SCRATCH_FILE = "scratch.gguf"
 _FAST_FILE = "fast.gguf"
 _DEFAULT_BITS = 4
+_REFERENCE_TYPE = "F16"
 
 
 class GgufExporter:
@@ -40,7 +41,9 @@ class GgufExporter:
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a type; calibration texts and adapters to their hashes."""
         if options.bits is not None and options.type is not None:
-            raise UsageError("give --bits or --type, not both")
+            raise RecipeError(
+                "give --bits or --type, not both", hint="--bits stands for one default type"
+            )
         if options.type is not None:
             kind = quant.gguf_type(options.type)
             wanted = quant.wants_imatrix(kind)
@@ -105,6 +108,7 @@ class GgufExporter:
             bits_per_weight=data_bytes * 8 / max(1, elements),
             tensors=tensors,
             warnings=tuple(_warnings(source, recipe)),
+            reference_bytes=_reference_bytes(source, header),
         )
 
     @staticmethod
@@ -159,6 +163,43 @@ class GgufExporter:
         if matrix:
             details["imatrix"] = imatrix.facts(matrix)
         return Product(tuple(files), details, tuple(packages))
+
+    def reference(
+        self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
+    ) -> Path:
+        """The source as F16, with the adapter that the recipe merges; for a float recipe in the
+        source's own float types, so that what F16 or BF16 cost can be seen.
+
+        A source beyond the range of F16 keeps its own types too.
+        """
+        if source.kind == "gguf":
+            main_type = gguf.read(source.path).main_type()
+            if main_type == _REFERENCE_TYPE or (
+                main_type in quant.FLOAT_TYPES and recipe.type in quant.FLOAT_TYPES
+            ):
+                return source.path
+            quantizer.quantize(
+                source.path,
+                path,
+                _REFERENCE_TYPE,
+                imatrix=None,
+                overrides=(),
+                on_tensor=partial(progress, "float reference"),
+            )
+            return path
+        patch = self._adapter.patch if self._adapter and recipe.adapter_mode == "merge" else None
+        dtype = "native" if recipe.type in quant.FLOAT_TYPES else _REFERENCE_TYPE
+
+        def on_bytes(_tensor: str, done: int, total: int) -> None:
+            progress("float reference", done, total)
+
+        try:
+            hf_to_gguf.write(source, path, dtype, progress=on_bytes, patch=patch)
+        except OutOfSpaceError:
+            raise
+        except ExportError:
+            hf_to_gguf.write(source, path, "native", progress=on_bytes, patch=patch)
+        return path
 
     @staticmethod
     @contextmanager
@@ -225,6 +266,14 @@ def _fast_copy(path: Path, folder: Path) -> Iterator[Path]:
 
 def _needs_fast_copy(header: gguf.GgufHeader) -> bool:
     return header.main_type() not in (*quant.FLOAT_TYPES, "Q8_0", "Q4_0")
+
+
+def _reference_bytes(source: ModelSource, header: gguf.GgufHeader) -> int:
+    """At most what ``reference`` writes: F16 matrices, or all of a folder in its own types."""
+    if source.kind == "gguf" and header.main_type() == _REFERENCE_TYPE:
+        return 0
+    floats = sum(tensor.elements * (2 if len(tensor.shape) > 1 else 4) for tensor in header.tensors)
+    return max(header.data_offset + floats, source.size_bytes if source.kind == "hf" else 0)
 
 
 def _floats(progress: Progress) -> Progress:

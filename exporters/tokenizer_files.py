@@ -133,14 +133,14 @@ class TokenizerFiles:
         by_text = {token.text: token.id for token in self.added}
         found: dict[str, int] = {}
         for role in _ROLES:
-            index = by_text.get(self._token_text(role) or "")
+            index = by_text.get(self.token_text(role) or "")
             if index is None:
                 index = self._source.config.get(f"{role}_token_id")
             if isinstance(index, int) and 0 <= index < vocab_size:
                 found[role] = index
         return found
 
-    def _token_text(self, role: str) -> str | None:
+    def token_text(self, role: str) -> str | None:
         """The text of a role in tokenizer_config.json, written plainly or as a token object."""
         token = self.config.get(f"{role}_token")
         text = token.get("content") if isinstance(token, dict) else token
@@ -178,7 +178,7 @@ class TokenizerFiles:
         before, after = names[:at], names[at + 1 :]
         found = {}
         for role, texts in (("bos", before), ("eos", after)):
-            if len(texts) > 1 or (texts and texts[0] != self._token_text(role)):
+            if len(texts) > 1 or (texts and texts[0] != self.token_text(role)):
                 raise UnsupportedModelError(
                     f"the tokenizer adds '{texts[0]}', which is not its {role} token"
                 )

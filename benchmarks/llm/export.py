@@ -58,8 +58,9 @@ class Conversion:
 
     def ours(self, kind: str, model: Path | None = None) -> measure.Ran:
         """``edgekit export`` as a user types it, of the folder or of another ``model``."""
-        options = ("--type", kind, "--calibration", "none", "--out", self._work / f"ours-{kind}")
-        return measure.run(peers.edgekit("export", model or self._model, *options))
+        options = ("--type", kind, "--calibration", "none", "--no-receipt")
+        argv = peers.edgekit("export", model or self._model, *options)
+        return measure.run([*argv, "--out", self._work / f"ours-{kind}"])
 
     def theirs(self) -> tuple[measure.Ran, measure.Ran]:
         """The script, to F16, then the quantizer."""
@@ -155,7 +156,7 @@ def matrices(
     ours, theirs = Costs(), Costs()
 
     def our_side() -> None:
-        options = ("--type", TYPE, "--calibration", text, "--chunks", _ALL_CHUNKS)
+        options = ("--type", TYPE, "--calibration", text, "--chunks", _ALL_CHUNKS, "--no-receipt")
         argv = peers.edgekit("export", model, *options, "--out", our_folder)
         # A home of its own: nothing may come out of a cache.
         ours.add(measure.run(argv, env={"EDGEKIT_HOME": tempfile.mkdtemp(dir=work)}))

@@ -151,6 +151,7 @@ def make_row(
         type=kind,
         calibration="builtin" if chunks else "none",
         chunks=chunks or None,
+        receipt=False,
     )
     return Row(
         type=kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,37 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact
-from edgekit.cli import show
+from edgekit.cli import show, show_receipt
 from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
+from edgekit.receipt import Gates, Receipt
 from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
 
 _RECIPE = ("bits", "overrides", "chunks")
+_GATES = ("max_kld", "max_kld_p99", "min_top1", "max_ppl_ratio", "min_speed_ratio")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def _share(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """``0.9`` or ``90%``."""
+    if value is None:
+        return None
+    try:
+        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a share like 0.9 nor 90%") from None
+
+
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """``120MB``, ``1.5GiB`` or a number of bytes."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value.strip())
+    if not match:
+        raise click.BadParameter(f"{value!r} is no size such as 120MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def _pairs(
@@ -77,6 +102,22 @@ def _pairs(
     type=click.Path(exists=True, path_type=Path),
     help="Repeat the export of this artifact, byte for byte.",
 )
+@click.option(
+    "--no-receipt",
+    is_flag=True,
+    help='Do not measure the output against the float model: the manifest says "unproven".',
+)
+@click.option("--max-kld", type=float, metavar="NATS", help="Gate: mean KL divergence.")
+@click.option("--max-kld-p99", type=float, metavar="NATS", help="Gate: its 99th percentile.")
+@click.option("--min-top1", callback=_share, metavar="SHARE", help="Gate: same likeliest token.")
+@click.option("--max-ppl-ratio", type=float, metavar="RATIO", help="Gate: perplexity ratio.")
+@click.option("--max-size", callback=_bytes, metavar="SIZE", help="Gate: such as 120MB.")
+@click.option(
+    "--min-speed-ratio",
+    type=float,
+    metavar="RATIO",
+    help="Gate: speed against the float model, the slower of decode and prefill.",
+)
 @click.option("--dry-run", is_flag=True, help="Show sizes and types; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
@@ -89,6 +130,7 @@ def command(
     as_json: bool,
     type_: str | None,
     keep_adapter: bool,
+    no_receipt: bool,
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
@@ -98,7 +140,10 @@ def command(
     \b
     edgekit export smollm2-135m --format gguf --bits 4
     edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
+    edgekit export smollm2-135m --bits 4 --max-kld 0.1 --max-size 120MB
     """
+    limits = {name: fields.pop(name) for name in _GATES}
+    gates = Gates(max_size_bytes=fields.pop("max_size"), **limits)
     if from_manifest is not None:
         if dry_run or type_ or revision or keep_adapter or any(fields[name] for name in _RECIPE):
             raise UsageError("--from-manifest takes the whole recipe from the manifest")
@@ -112,6 +157,8 @@ def command(
                 progress=progress,
                 calibration=fields["calibration"],
                 adapter=fields["adapter"],
+                receipt=False if no_receipt else None,
+                gates=gates,
             )
         return _render(artifact, as_json)
     if model is None:
@@ -130,7 +177,15 @@ def command(
         return _render_plan(found, as_json)
     out = out or Path("build") / f"{_base_name(model)}-{found.recipe.type.lower()}"
     with show.progress(quiet=as_json) as progress:
-        artifact = export(source, format_, out=out, progress=progress, **vars(options))
+        artifact = export(
+            source,
+            format_,
+            out=out,
+            progress=progress,
+            receipt=not no_receipt,
+            gates=gates,
+            **vars(options),
+        )
     _render(artifact, as_json)
 
 
@@ -171,6 +226,8 @@ def _render_plan(found: ExportPlan, as_json: bool) -> None:
 
 def _render(artifact: Artifact, as_json: bool) -> None:
     manifest = artifact.manifest
+    receipt = Receipt.from_dict(manifest.receipt)
+    show_receipt.warn(receipt)
     if as_json:
         return show.as_json(
             {
@@ -189,8 +246,8 @@ def _render(artifact: Artifact, as_json: bool) -> None:
         ("type", manifest.recipe.type),
         ("size", show.size(artifact.size_bytes)),
         *_facts(manifest.details),
-        ("receipt", manifest.receipt["status"]),
         ("sha256", artifact.sha256),
+        *show_receipt.rows(receipt),
     ]
     show.table(rows)
 

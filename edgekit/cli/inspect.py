@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact, is_artifact
-from edgekit.cli import show
+from edgekit.cli import show, show_receipt
 from edgekit.errors import SourceError
 from edgekit.formats import gguf
+from edgekit.receipt import Receipt
 
 _LONG = 60  # characters of a metadata value, or entries of a list, before it is cut short
 
@@ -43,7 +44,7 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
         rows += [
             ("exported from", manifest.source["spec"]),
             ("recipe", manifest.recipe.type),
-            ("receipt", manifest.receipt["status"]),
+            *show_receipt.rows(Receipt.from_dict(manifest.receipt)),
         ]
     show.table(rows)
     click.echo()

@@ -40,7 +40,12 @@ def _load(path: Path) -> object:
 
 def _export(path: Path) -> object:
     return edgekit.export(
-        path, format="gguf", type="Q8_0", calibration="none", out=path.parent / "out"
+        path,
+        format="gguf",
+        type="Q8_0",
+        calibration="none",
+        receipt=False,
+        out=path.parent / "out",
     )
 
 

@@ -28,7 +28,9 @@ def text(tmp_path: Path) -> Path:
 def test_the_default_is_4_bits_with_an_importance_matrix(
     cli: Callable[..., Any], tmp_path: Path
 ) -> None:
-    ran = cli("export", "smollm2-135m", "--bits", "4", "--chunks", "2", "--out", "q4")
+    ran = cli(
+        "export", "smollm2-135m", "--bits", "4", "--chunks", "2", "--no-receipt", "--out", "q4"
+    )
     assert ran.code == 0, ran.stderr
     assert "already quantized (Q4_1)" in ran.stderr
     for words in ("Q4_K_M", "re-quantized from", "166 tensors Q4_K -> Q5_0", "builtin, 2 chunks"):
@@ -46,7 +48,7 @@ def test_an_export_is_repeated_byte_for_byte(
     cli: Callable[..., Any], tmp_path: Path, text: Path
 ) -> None:
     options = ["--type", "Q3_K_M", "--calibration", text, "--chunks", "2"]
-    options += ["--override", "ffn_down=Q8_0", "--override", "blk\\.0\\.=Q6_K"]
+    options += ["--override", "ffn_down=Q8_0", "--override", "blk\\.0\\.=Q6_K", "--no-receipt"]
     assert cli("export", "smollm2-135m", *options, "--out", "one").code == 0
     home = tmp_path / "another-home"  # so that the importance matrix is computed again
     ran = cli("export", "smollm2-135m", *options, "--out", "two", EDGEKIT_HOME=str(home))
@@ -71,7 +73,7 @@ def test_an_export_is_repeated_byte_for_byte(
 def test_an_export_that_gives_other_bytes_is_no_repeat(
     cli: Callable[..., Any], tmp_path: Path
 ) -> None:
-    assert cli("export", "smollm2-135m", "--type", "Q8_0", "--out", "one").code == 0
+    assert cli("export", "smollm2-135m", "--type", "Q8_0", "--no-receipt", "--out", "one").code == 0
     earlier = Artifact.open(tmp_path / "one").manifest
     file = replace(earlier.files[0], sha256="00" * 32)
     old = replace(earlier, files=(file,), versions=earlier.versions | {"llama-cpp-python": "0.1"})
@@ -87,7 +89,7 @@ def test_a_dry_run_foretells_the_file(cli: Callable[..., Any], tmp_path: Path) -
     assert ran.code == 0 and not (tmp_path / "q5").exists()
     plan = json.loads(ran.stdout)
     assert any("importance matrix" in warning for warning in plan["warnings"])
-    assert cli("export", *options, "--out", "q5").code == 0
+    assert cli("export", *options, "--no-receipt", "--out", "q5").code == 0
     header = gguf.read(tmp_path / "q5" / "model.gguf")
     assert plan["size_bytes"] == pytest.approx(header.file_size, rel=1e-4)
     assert plan["bits_per_weight"] == pytest.approx(header.bits_per_weight)
@@ -109,6 +111,7 @@ def test_the_importance_matrix_is_computed_once(tmp_path: Path, text: Path) -> N
             type=kind,
             calibration=text,
             chunks=2,
+            receipt=False,
             progress=lambda stage, done, total: stages.append(stage),
         )
         return stages
@@ -156,7 +159,9 @@ def test_a_strangers_folder_is_no_place_for_the_output(tmp_path: Path) -> None:
 
 def test_an_export_on_top_of_an_artifact_replaces_it(tmp_path: Path) -> None:
     for kind in ("Q8_0", "Q4_0"):
-        exporter.export("smollm2-135m", out=tmp_path / "out", type=kind, calibration="none")
+        exporter.export(
+            "smollm2-135m", out=tmp_path / "out", type=kind, calibration="none", receipt=False
+        )
     assert Artifact.open(tmp_path / "out").manifest.recipe.type == "Q4_0"
     with pytest.raises(RecipeError, match="do not repeat"):
         exporter.repeat(tmp_path / "out", out=tmp_path / "again", calibration="builtin")

@@ -182,7 +182,12 @@ def test_an_artifact_with_an_adapter_answers_as_peft_does(
     trained: Trained, tmp_path: Path, mode: str
 ) -> None:
     artifact = export(
-        trained.source, out=tmp_path / "out", type="F32", adapter=trained.adapter, adapter_mode=mode
+        trained.source,
+        out=tmp_path / "out",
+        type="F32",
+        adapter=trained.adapter,
+        adapter_mode=mode,
+        receipt=False,
     )
     artifact.verify()
     kept = artifact.path / "adapter.gguf"

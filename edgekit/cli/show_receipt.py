@@ -1,0 +1,88 @@
+"""The receipt as a card of a few lines, for every verb that shows one.
+
+Knows how to say figures; never measures or judges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgekit.cli import show
+from edgekit.receipt import Quality, Receipt, Speed, bounded
+
+Row = tuple[str, str]
+
+
+def rows(receipt: Receipt, *, earlier: Receipt | None = None) -> list[Row]:
+    """(what, figures), for ``show.table``; with ``earlier``, its figures stand behind the new."""
+    found = dict(_rows(receipt))
+    old = dict(_rows(earlier)) if earlier else {}
+    return [
+        (what, f"{text}   (manifest: {old[what]})" if old.get(what, text) != text else text)
+        for what, text in found.items()
+    ]
+
+
+def warn(receipt: Receipt) -> None:
+    """The receipt's warnings, on stderr."""
+    for text in receipt.warnings:
+        show.warn(text)
+
+
+def _rows(receipt: Receipt) -> Iterator[Row]:
+    yield "receipt", _status(receipt)
+    if said := receipt.completion:
+        yield "generates", repr(said.text)
+    if tokens := receipt.tokens:
+        yield "token ids", f"equal on {tokens.texts} texts (judge: {tokens.judge})"
+        chats = f"renders the same on {tokens.chats} chats" if tokens.chats else "none"
+        yield "chat template", chats
+    if receipt.quality:
+        yield from _quality(receipt.quality)
+    if receipt.speed and receipt.reference:
+        yield from _speed(receipt.speed, receipt.reference.type)
+    if receipt.gates:
+        limits = ", ".join(
+            f"--{name.removesuffix('_bytes').replace('_', '-')} {limit:g}"
+            for name, limit in receipt.gates.items()
+        )
+        yield "gates passed", limits
+
+
+def _status(receipt: Receipt) -> str:
+    if receipt.reference is None:
+        return f"{receipt.status}: {receipt.reason}" if receipt.reason else receipt.status
+    text = f"{receipt.status} against {receipt.reference.type} ({receipt.reference.origin})"
+    if inherits := receipt.reference.requantized_from:
+        text += f"; what {inherits} cost before is not in it"
+    return text
+
+
+def _quality(quality: Quality) -> Iterator[Row]:
+    yield (
+        "distribution",
+        f"mean KL {bounded(quality.mean_kl)}, median {quality.median_kl:.2g},"
+        f" p99 {quality.p99_kl:.2g}, p99.9 {quality.p999_kl:.2g}",
+    )
+    yield "same top-1", bounded(quality.top1, percent=True)
+    yield (
+        "perplexity",
+        f"{quality.perplexity:.4g} for {quality.reference_perplexity:.4g}:"
+        f" ratio {bounded(quality.perplexity_ratio)}",
+    )
+    yield "measured on", f"{quality.chunks} chunks of {quality.n_ctx} tokens of held-out text"
+
+
+def _speed(speed: Speed, reference: str) -> Iterator[Row]:
+    ratios = {"decode": speed.decode_ratio.value, "prefill": speed.prefill_ratio.value}
+    figures = ", ".join(
+        f"{name} {ratio:.2f}x" + (" SLOWER" if name in speed.slower else "")
+        for name, ratio in ratios.items()
+    )
+    yield (
+        "speed here",
+        f"{figures} of {reference} ({speed.decode_tok_s:.0f} and {speed.prefill_tok_s:.0f} tok/s,"
+        f" {speed.threads} threads" + (", busy machine)" if speed.busy else ")"),
+    )
+    path = "the best of this CPU" if speed.fast_path else "NOT the best of this CPU"
+    yield "engine", f"{speed.backend or 'fixed'} backend, {path}"

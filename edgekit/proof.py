@@ -1,0 +1,377 @@
+"""The proof of a language model's export: measures everything that its receipt says.
+
+Knows the order of the measurements and when one of them disproves the export; never how an engine
+or a tokenizer works, and it writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekit import _proc, doctor, evaluate, machine
+from edgekit.errors import EdgekitError, InferenceError, ParityError, UsageError
+from edgekit.exporter import Claim, Progress
+from edgekit.exporters import source_tokens
+from edgekit.exporters.tokenizer_files import TokenizerFiles
+from edgekit.formats import gguf
+from edgekit.intervals import Interval
+from edgekit.receipt import (
+    PROVEN,
+    Completion,
+    Quality,
+    Receipt,
+    Reference,
+    Size,
+    Speed,
+    Tokens,
+    bounded,
+)
+from edgekit.runtimes.chat import ChatTemplate
+from edgekit.scorer import memory_limit, model_files
+
+PROMPT = "The three most important things to know about the sea are"
+_ANSWER_TOKENS = 16
+_N_CTX = 512
+_CHUNKS = 8
+_LEAST_CHUNKS = 4
+# Reading the held-out text with both models may take so long, and the race so long.
+_EVALUATE_S = 30.0
+_RACE_S = 8.0
+_RACE_PROMPT, _RACE_STEPS, _RACE_ROUNDS = 256, 24, 6
+_SILENCE_S = 1800
+_HINT = "nothing was kept; --no-receipt exports it all the same"
+
+# Text on which tokenizers differ: what to split, what to keep, what is a control token.
+TEXTS = (
+    "Hello, world! It's 3.14159, isn't it? We'LL see; they'd've said: 1234567890 1,000,000",
+    "  leading, trailing  and     inner spaces   ",
+    "tabs\tand\n\nnewlines\r\n\n\n   \n\t end\n",
+    "def f(x):\n    return {'a': x[0] ** 2, \"b\": [1, 2]}  # comment\n\n\nclass A:\n\tpass",
+    "for (int i = 0; i < n; ++i) { a[i] <<= 2; } // --> <!-- &amp; %s\\n",
+    "Käse, naïve café, Ünïcödé, Ελληνικά, Кириллица, ﬁne ½ ² Å",
+    "العربية من اليمين إلى اليسار, עברית (1,234)",
+    "日本語のテキスト、中文字符，한국어 텍스트 ไทย हिन्दी",
+    "🚀 rocket 👩‍👩‍👧 family 🏳️‍🌈 flag ✅ 👍🏽 1️⃣",
+    "''''''```````\"\"\"\"......!!!!!!?????? ------======= ((((([[[{{{",
+    "a" * 40 + " " * 20 + "b" + " " * 7 + "c" + "\n" * 5 + "\t" * 5,
+    "\u200bzero\u200dwidth\ufeffmarks\u00a0and\u3000wide spaces e\u0301 \u2028",
+    "antidisestablishmentarianism" * 6 + " Llanfairpwllgwyngyllgogerychwyrndrobwllllantysilio",
+    "<s>first <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|end|><|endoftext|></s> <0x41>",
+    "https://example.org/a/b?c=d&e=%20f#g user@example.org C:\\temp\\x.txt 2024-02-29T23:59:60Z",
+    "iPhone14 x86_64 camelCaseWord SCREAMING_SNAKE kebab-case 0xDEADBEEF 1e-9 ~$€£",
+    "\x00\x07\x1b[0m control bytes \x7f",
+    "",
+    " ",
+    "\n",
+    "x",
+)
+_CHATS = (
+    [("user", "Hello")],
+    [("system", "You are brief.\n"), ("user", "  Two spaces before, and {{ braces }} in it ")],
+    [("user", "1"), ("assistant", "2"), ("user", "Käse 世界 👩‍👩‍👧")],
+    [("system", ""), ("user", "a"), ("assistant", "b\n\n"), ("user", "c"), ("assistant", "d")],
+    [("user", "<|im_end|></s><|eot_id|> written out")],
+    [("user", "one"), ("user", "two in a row")],
+)
+# Bits of the smallest matrix -> the largest mean KL (nats) that a sound file can have: about ten
+# times what llama.cpp's types cost, and far less than what a wrong tensor does.
+_SOUND_KL = ((16, 0.02), (8, 0.1), (6, 0.2), (5, 0.5), (4, 1.0), (3, 2.0), (0, 4.0))
+
+
+def prove(claim: Claim, progress: Progress) -> Receipt:
+    """Measure everything about a GGUF export, cheapest first.
+
+    Raises ParityError where the file does not do what its source does: it fails in the engine, has
+    other token ids or another chat template, or its predictions are further off than its number of
+    bits explains. Raises InferenceError, MissingExtraError when the measuring itself fails.
+    """
+    header = gguf.read(claim.product)
+    if header.metadata.get(f"{header.architecture}.attention.causal") is False:
+        return Receipt(reason="the model does not predict text: its attention is not causal")
+    completion = _completion(claim, progress)
+    tokens, template_warnings = _tokens(claim, progress)
+    speed, path_warnings = _speed(claim, progress)
+    quality = _quality(claim, speed, progress)
+    _check_sound(header, quality)
+    reference = gguf.read(claim.reference)
+    return Receipt(
+        status=PROVEN,
+        reference=Reference(
+            type=reference.main_type(),
+            origin="the source" if claim.reference == claim.source.path else "made of the source",
+            size_bytes=reference.file_size,
+            requantized_from=claim.source.quantized,
+        ),
+        completion=completion,
+        tokens=tokens,
+        quality=quality,
+        speed=speed,
+        size=Size(header.file_size, header.bits_per_weight, claim.fallbacks),
+        warnings=(
+            *template_warnings,
+            *path_warnings,
+            *_slower(speed, header.main_type(), reference.main_type()),
+            *_unsaid(claim),
+        ),
+    )
+
+
+# 1: it loads and generates
+
+
+def _completion(claim: Claim, progress: Progress) -> Completion:
+    progress("first load", 0, 1)
+    try:
+        found = _ask(
+            "complete",
+            [claim.product, *claim.adapters],
+            path=str(claim.product),
+            adapters=[str(file) for file in claim.adapters],
+            prompt=PROMPT,
+            n_tokens=_ANSWER_TOKENS,
+        )
+    except InferenceError as error:
+        raise ParityError(
+            f"the exported file fails in the engine: {error.message}", hint=_HINT
+        ) from None
+    if not found["finite"]:
+        raise ParityError("the exported file computes logits that are no numbers", hint=_HINT)
+    progress("first load", 1, 1)
+    return Completion(PROMPT, found["text"], found["tokens"])
+
+
+def _ask(function: str, files: list[Path], **arguments: Any) -> Any:
+    """Run a function of ``llama_trial`` in a child."""
+    on_report = arguments.pop("on_report", None)
+    return _proc.call(
+        f"edgekit.runtimes.llama_trial:{function}",
+        arguments,
+        silence_s=_SILENCE_S,
+        memory_bytes=memory_limit([model_files(file) for file in files], _N_CTX),
+        what=f"trying {files[0].name}",
+        on_report=on_report,
+    )
+
+
+# 2: it reads text as its source does
+
+
+def _tokens(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
+    """Token ids and chat template, against the source's own; and what could not be judged."""
+    progress("token ids", 0, 2)
+    product = _ask("tokens", [claim.product], path=str(claim.product), texts=TEXTS)
+    source, warnings = claim.source, []
+    if source.kind == "gguf":
+        judge = "the source file in the engine"
+        expected = _ask("tokens", [source.path], path=str(source.path), texts=TEXTS)
+        _same_ids(product, expected, ("plain", "special", "whole"))
+        names = expected["bos"], expected["eos"]
+        template = gguf.read(source.path).metadata.get("tokenizer.chat_template")
+    else:
+        library = source_tokens.judge(source)
+        if library is None:
+            judge, texts = "nobody", 0
+            warnings.append(
+                "no library for the source's tokenizer is installed: nobody checked the token ids"
+                " (pip install tokenizers)"
+            )
+        else:
+            judge = library
+            way, ids = source_tokens.ids(source, list(TEXTS))
+            _same_ids(product, {way: ids}, (way,))
+        files = TokenizerFiles(source)
+        names = _role_text(files, "bos"), _role_text(files, "eos")
+        template = files.chat_templates().get("default")
+    progress("token ids", 1, 2)
+    mine = gguf.read(claim.product).metadata.get("tokenizer.chat_template")
+    chats = _chats((template, *names), (mine, product["bos"], product["eos"]))
+    if template and not chats:
+        warnings.append("the model's chat template fails on every chat, here and in the source")
+    progress("token ids", 2, 2)
+    texts = 0 if judge == "nobody" else len(TEXTS)
+    return Tokens(judge, texts, chats), warnings
+
+
+def _same_ids(found: dict[str, Any], expected: dict[str, Any], ways: tuple[str, ...]) -> None:
+    for way in ways:
+        for text, mine, theirs in zip(TEXTS, found[way], expected[way], strict=True):
+            if mine != theirs:
+                at = _parting(mine, theirs)
+                raise ParityError(
+                    f"the exported file splits {text[:40]!r} into other tokens than its source:"
+                    f" {mine[at : at + 4]} for {theirs[at : at + 4]} at token {at}",
+                    hint=_HINT,
+                )
+
+
+def _role_text(files: TokenizerFiles, role: str) -> str:
+    """How the source writes its BOS or EOS in a template; where no file names it, by its id."""
+    if f"{role}_token" in files.config:
+        return files.token_text(role) or ""
+    index = files.special_ids(1 << 31).get(role)
+    return next((token.text for token in files.added if token.id == index), "")
+
+
+def _chats(source: tuple[Any, str, str], product: tuple[Any, str, str]) -> int:
+    """How many chats both templates render to the same bytes. Raises ParityError for others."""
+    if bool(source[0]) != bool(product[0]):
+        whose = "only the source" if source[0] else "only the exported file"
+        raise ParityError(f"{whose} has a chat template", hint=_HINT)
+    if not source[0]:
+        return 0
+    rendered = 0
+    sides = [ChatTemplate(str(text), bos=bos, eos=eos) for text, bos, eos in (source, product)]
+    try:
+        for chat in _CHATS:
+            messages = [{"role": role, "content": content} for role, content in chat]
+            theirs, mine = (_rendered(side, messages) for side in sides)
+            if theirs != mine:
+                raise ParityError(
+                    "the exported file's chat template renders"
+                    f" {_around(mine[1], theirs[1])} where its source's renders"
+                    f" {_around(theirs[1], mine[1])}",
+                    hint=_HINT,
+                )
+            rendered += theirs[0]
+    finally:
+        for side in sides:
+            side.close()
+    return rendered
+
+
+def _rendered(template: ChatTemplate, messages: list[dict[str, str]]) -> tuple[bool, str]:
+    """Whether it renders, and the text; or the reason why not: templates may refuse a chat."""
+    try:
+        return True, template.render(messages)
+    except EdgekitError as error:
+        return False, error.message
+
+
+def _around(text: str, other: str) -> str:
+    """The piece of ``text`` where it begins to differ from ``other``."""
+    at = _parting(text, other)
+    return repr(text[max(0, at - 10) : at + 30])
+
+
+def _parting(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Where two sequences begin to differ."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+# 3: it predicts what the reference predicts
+
+
+def _quality(claim: Claim, speed: Speed, progress: Progress) -> Quality:
+    text = evaluate.read_text(None)
+    header = gguf.read(claim.product)
+    trained = header.metadata.get(f"{header.architecture}.context_length", _N_CTX)
+    n_ctx = min(_N_CTX, int(trained))
+    chunk_s = n_ctx / speed.prefill_tok_s + n_ctx / speed.reference_prefill_tok_s
+    affordable = max(_LEAST_CHUNKS, min(_CHUNKS, int(_EVALUATE_S / chunk_s)))
+    try:
+        found = evaluate.compare(
+            claim.product,
+            claim.reference,
+            text,
+            n_ctx=n_ctx,
+            chunks=claim.chunks or affordable,
+            progress=lambda _stage, done, total: progress("compare predictions", done, total),
+        )
+    except (InferenceError, UsageError) as error:
+        raise ParityError(
+            f"the exported file cannot be compared with its source: {error.message}", hint=_HINT
+        ) from None
+    names = set(Quality.__dataclass_fields__) & set(vars(found))
+    return Quality(
+        text="builtin",
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        **{name: getattr(found, name) for name in names},
+    )
+
+
+def _check_sound(header: gguf.GgufHeader, quality: Quality) -> None:
+    """Raises ParityError for predictions further off than so few bits explain."""
+    bits = min(
+        (t.size_bytes * 8 / t.elements for t in header.tensors if len(t.shape) > 1), default=16
+    )
+    limit = next(limit for least, limit in _SOUND_KL if bits >= least)
+    if not (math.isfinite(quality.mean_kl.value) and quality.mean_kl.value <= limit):
+        raise ParityError(
+            f"the exported file does not predict what its source predicts: mean KL"
+            f" {bounded(quality.mean_kl)}, same top-1 {quality.top1.value:.1%}, where {bits:.2g}"
+            f" bits cost {limit:g} at the most",
+            hint=f"{_HINT}, and another --type may do better",
+        )
+
+
+# 4: it is fast here
+
+
+def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
+    """The race against the reference, and why the engine is not on its fast path."""
+    busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
+    files = [claim.product, claim.reference]
+    found = _ask(
+        "race",
+        files,
+        paths=[str(file) for file in files],
+        n_prompt=_RACE_PROMPT,
+        n_gen=_RACE_STEPS,
+        rounds=_RACE_ROUNDS,
+        budget_s=_RACE_S,
+        on_report=lambda message: progress("race", *message),
+    )
+    cpu, engine = machine.cpu(machine.root()), doctor.probe_engine()
+    warnings = doctor.engine_warnings(cpu, engine)
+    prefill, decode = found["prefill"], found["decode"]
+    speed = Speed(
+        decode_tok_s=1 / _median(decode[0]),
+        prefill_tok_s=1 / _median(prefill[0]),
+        reference_decode_tok_s=1 / _median(decode[1]),
+        reference_prefill_tok_s=1 / _median(prefill[1]),
+        decode_ratio=_ratio(*decode),
+        prefill_ratio=_ratio(*prefill),
+        rounds=len(decode[0]),
+        threads=found["threads"],
+        cpu=cpu.model or cpu.architecture,
+        backend=engine.backend,
+        fast_path=not warnings,
+        busy=busy,
+    )
+    return speed, warnings
+
+
+def _median(seconds: list[float]) -> float:
+    ordered = sorted(seconds)
+    half = len(ordered) // 2
+    return (ordered[half] + ordered[-1 - half]) / 2
+
+
+def _ratio(mine: list[float], reference: list[float]) -> Interval:
+    """How much faster than the reference: of the medians, and of the worst and best round."""
+    rounds = [other / own for own, other in zip(mine, reference, strict=True)]
+    return Interval(_median(reference) / _median(mine), min(rounds), max(rounds))
+
+
+def _slower(speed: Speed, kind: str, reference: str) -> list[str]:
+    warnings = []
+    if speed.slower:
+        ratios = {"decode": speed.decode_ratio, "prefill": speed.prefill_ratio}
+        slow = " and ".join(f"{name} {ratios[name].value:.2f}x" for name in speed.slower)
+        warnings.append(f"SLOWER than {reference} on this machine: {slow} ({kind})")
+    if speed.busy:
+        warnings.append("the machine was busy while the speed was measured: measure it again")
+    return warnings
+
+
+def _unsaid(claim: Claim) -> list[str]:
+    """What the figures do not show."""
+    if claim.adapters:
+        return ["the adapter that is shipped beside the model is in none of the figures"]
+    return []

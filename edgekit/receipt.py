@@ -1,0 +1,344 @@
+"""The receipt: what an export proved about its output, and the limits a user may set on it.
+
+Knows figures, their JSON form and how they compare; never measures one, and knows no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekit.errors import GateError, ManifestError, UsageError
+from edgekit.intervals import Interval
+
+PROVEN, UNPROVEN = "proven", "unproven"
+_DIGITS = 6  # of every figure in the manifest
+
+# How far a figure may lie from the one in the manifest when it is measured again on another kind of
+# CPU: (share of the figure, and at least so much). Other kernels add up in another order and round
+# activations in other blocks. On the same machine the figures are equal.
+_TOLERANCES = {
+    "mean_kl": (0.05, 0.002),
+    "median_kl": (0.05, 0.002),
+    "p90_kl": (0.05, 0.003),
+    "p99_kl": (0.15, 0.01),
+    "p999_kl": (0.3, 0.03),
+    "top1": (0.0, 0.01),
+    "perplexity": (0.01, 0.0),
+    "reference_perplexity": (0.01, 0.0),
+    "perplexity_ratio": (0.01, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The float model that the output was measured against.
+
+    ``requantized_from`` names the type of a source that was quantized already: its own errors are
+    in the reference too, so no figure here shows them.
+    """
+
+    type: str
+    origin: str
+    size_bytes: int
+    requantized_from: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine made of a prompt, greedily; every logit was finite."""
+
+    prompt: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """On how many texts the token ids, and on how many chats the rendered template, were equal.
+
+    ``judge`` says whose ids they were compared with. ``chats`` is 0 without a template.
+    """
+
+    judge: str
+    texts: int
+    chats: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Next-token distributions against the reference on held-out text (edgekit.evaluate).
+
+    KL divergences are in nats; ``top1`` is the share of positions with the same likeliest token.
+    """
+
+    text: str
+    text_sha256: str
+    chunks: int
+    n_ctx: int
+    tokens: int
+    mean_kl: Interval
+    median_kl: float
+    p90_kl: float
+    p99_kl: float
+    p999_kl: float
+    max_kl: float
+    top1: Interval
+    perplexity: float
+    reference_perplexity: float
+    perplexity_ratio: Interval
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second here, medians of interleaved rounds, and the ratio to the reference.
+
+    A ratio's bounds are the slowest and the fastest round. ``backend`` is the engine's CPU backend,
+    None for a fixed build; ``fast_path`` whether it is the best that this CPU can run. ``busy``:
+    others kept the machine working meanwhile.
+    """
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    reference_decode_tok_s: float
+    reference_prefill_tok_s: float
+    decode_ratio: Interval
+    prefill_ratio: Interval
+    rounds: int
+    threads: int
+    cpu: str
+    backend: str | None
+    fast_path: bool
+    busy: bool
+
+    @property
+    def slower(self) -> list[str]:
+        """Which of decode and prefill were slower than the reference in every round."""
+        ratios = {"decode": self.decode_ratio, "prefill": self.prefill_ratio}
+        return [name for name, ratio in ratios.items() if ratio.high < 1]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model file. ``fallbacks``: tensors that are larger than their type promises."""
+
+    size_bytes: int
+    bits_per_weight: float
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was proved. ``reason`` says why nothing was; ``gates`` are the limits that it passed."""
+
+    status: str = UNPROVEN
+    reason: str | None = None
+    reference: Reference | None = None
+    completion: Completion | None = None
+    tokens: Tokens | None = None
+    quality: Quality | None = None
+    speed: Speed | None = None
+    size: Size | None = None
+    gates: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without what is empty; figures are rounded to 6 digits."""
+        body: dict[str, Any] = _encode(self)
+        return {key: value for key, value in body.items() if value not in (None, {}, [])}
+
+    @classmethod
+    def from_dict(cls, body: Any) -> Receipt:
+        """A receipt out of a manifest, which anybody can write. Raises ManifestError."""
+        try:
+            found: Receipt = _decode(cls, body, "receipt")
+        except (TypeError, RecursionError) as error:
+            raise ManifestError(f"the manifest's {error}") from None
+        return found
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits on an export; None means none. A measured figure counts, not its interval.
+
+    ``max_kld`` and ``max_kld_p99`` in nats, ``min_top1`` as a share, ``max_ppl_ratio`` and
+    ``min_speed_ratio`` (the slower of decode and prefill) against the reference, ``max_size_bytes``
+    for all files of the artifact. Raises UsageError for a limit that makes no sense.
+    """
+
+    max_kld: float | None = None
+    max_kld_p99: float | None = None
+    min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+    max_size_bytes: int | None = None
+    min_speed_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits().items():
+            number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if not number or not math.isfinite(limit) or limit <= 0:
+                raise UsageError(f"{name} must be a number above 0, not {limit!r}")
+        if self.min_top1 is not None and self.min_top1 > 1:
+            raise UsageError(f"min_top1 must be a share of at most 1, not {self.min_top1!r}")
+
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: limit for name, limit in vars(self).items() if limit is not None}
+
+    @property
+    def need_a_receipt(self) -> bool:
+        """Whether any of them is about more than the size."""
+        return any(name != "max_size_bytes" for name in self.limits())
+
+    def check(self, receipt: Receipt, size_bytes: int) -> None:
+        """Raises GateError, which names every limit that is missed and by how much.
+
+        A limit on something that was not measured is missed.
+        """
+        figures = _figures(receipt, size_bytes)
+        missed = []
+        for name, limit in self.limits().items():
+            what, figure, shown = figures[name]
+            if figure is None:
+                missed.append(f"{what} was not measured ({_option(name)} {limit:g})")
+            elif figure > limit if name.startswith("max_") else figure < limit:
+                side = "above" if name.startswith("max_") else "below"
+                gap, share = abs(figure - limit), abs(figure - limit) / limit
+                missed.append(
+                    f"{what} {shown} is {_amount(name, gap)} ({share:.1%}) {side}"
+                    f" {_option(name)} {_amount(name, limit)}"
+                )
+        if missed:
+            raise GateError(
+                f"{len(missed)} of {len(self.limits())} gates failed, nothing was kept: "
+                + "; ".join(missed),
+                hint="choose another --type or --bits, or another limit",
+            )
+
+
+def _figures(receipt: Receipt, size_bytes: int) -> dict[str, tuple[str, float | None, str]]:
+    """Gate -> (what it is about, the figure, the figure with its bounds as people read it)."""
+    quality, speed = receipt.quality, receipt.speed
+    slowest = None
+    if speed:
+        slowest = min(speed.decode_ratio, speed.prefill_ratio, key=lambda ratio: ratio.value)
+    return {
+        "max_kld": ("mean KL", *_bounded(quality.mean_kl if quality else None)),
+        "max_kld_p99": (
+            "p99 of KL",
+            quality.p99_kl if quality else None,
+            f"{quality.p99_kl:.4g}" if quality else "",
+        ),
+        "min_top1": ("same top-1", *_bounded(quality.top1 if quality else None, percent=True)),
+        "max_ppl_ratio": (
+            "perplexity ratio",
+            *_bounded(quality.perplexity_ratio if quality else None),
+        ),
+        "max_size_bytes": ("size", size_bytes, _amount("max_size_bytes", size_bytes)),
+        "min_speed_ratio": ("speed ratio", *_bounded(slowest)),
+    }
+
+
+def _bounded(interval: Interval | None, *, percent: bool = False) -> tuple[float | None, str]:
+    return (interval.value, bounded(interval, percent=percent)) if interval else (None, "")
+
+
+def bounded(interval: Interval, *, percent: bool = False) -> str:
+    """``0.049 [0.045, 0.053]``, or ``86.9% [86.1, 87.7]``."""
+    if percent:
+        value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
+        return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _option(name: str) -> str:
+    return "--" + name.removesuffix("_bytes").replace("_", "-")
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / 1e6:.4g} MB" if name == "max_size_bytes" else f"{value:.3g}"
+
+
+def differences(was: Receipt, now: Receipt) -> list[str]:
+    """Where a receipt that was measured again leaves the tolerances of the earlier one.
+
+    Speeds are no part of it: they belong to a machine and its mood.
+    """
+    found = []
+    if was.status == PROVEN:
+        parts = ("reference", "completion", "tokens", "quality", "speed", "size")
+        found += [f"it has no {name}" for name in parts if getattr(was, name) is None]
+    if was.size and now.size and was.size.size_bytes != now.size.size_bytes:
+        found.append(f"size_bytes was {was.size.size_bytes}, is {now.size.size_bytes}")
+    if was.quality and now.quality:
+        for name in ("text_sha256", "chunks", "n_ctx", "tokens"):
+            old, new = getattr(was.quality, name), getattr(now.quality, name)
+            if old != new:
+                found.append(f"{name} was {old}, is {new}")
+        for name, (share, least) in _TOLERANCES.items():
+            old, new = (_value(getattr(side.quality, name)) for side in (was, now))
+            if not abs(old - new) <= max(share * abs(new), least):
+                found.append(f"{name} was {old:.4g}, is {new:.4g}")
+    return found
+
+
+def _value(figure: float | Interval) -> float:
+    return figure.value if isinstance(figure, Interval) else figure
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _encode(each) for name, each in vars(value).items()}
+    if isinstance(value, dict):
+        return {name: _encode(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return [_encode(each) for each in value]
+    if isinstance(value, float):
+        # JSON has no infinity: an interval without an end has None there.
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def _decode(kind: Any, body: Any, where: str) -> Any:
+    """The value of type ``kind`` that JSON data stands for; TypeError says what is wrong where."""
+    if isinstance(kind, types.UnionType):
+        if body is None:
+            return None
+        return _decode(next(k for k in kind.__args__ if k is not type(None)), body, where)
+    if kind is Interval:
+        ends = _mapping(body, where)
+        low, high = (math.inf if ends.get(end) is None else ends[end] for end in ("low", "high"))
+        low = -math.inf if ends.get("low") is None else low
+        return Interval(*(_decode(float, x, where) for x in (ends.get("value"), low, high)))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        found, hints = _mapping(body, where), typing.get_type_hints(kind)
+        values = {}
+        for each in dataclasses.fields(kind):
+            if each.name in found:
+                at = f"{where}: {each.name}"
+                values[each.name] = _decode(hints[each.name], found[each.name], at)
+            elif each.default is each.default_factory is dataclasses.MISSING:
+                raise TypeError(f"{where} lacks '{each.name}'")
+        return kind(**values)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(body, list):
+            raise TypeError(f"{where} must be a list")
+        return tuple(_decode(typing.get_args(kind)[0], each, where) for each in body)
+    if origin is dict:
+        values = typing.get_args(kind)[1]
+        return {key: _decode(values, each, where) for key, each in _mapping(body, where).items()}
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(body, allowed) or (isinstance(body, bool) and kind is not bool):
+        raise TypeError(f"{where} must be a {kind.__name__}, not {str(body)[:40]!r}")
+    return float(body) if kind is float else body
+
+
+def _mapping(body: Any, where: str) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise TypeError(f"{where} must be a mapping")
+    return body
