@@ -42,6 +42,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("peers", (), {"bytes", "build_commit"}),
         ("runtime", (), {"same_settings", "automatic", "best_rows", "rss_bytes"}),
+        ("bench", (), {"speeds", "loop_us"}),
         ("export", (), {"export", "same", "imatrix"}),
         ("presets", ("--text", HELD_OUT), {"rows", "speed"}),
         ("evaluate", ("--text", HELD_OUT), {"rows"}),
@@ -61,7 +62,7 @@ def test_a_quick_run_prints_tables_and_keeps_its_figures(
     assert sorted((ROOT / "benchmarks").rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["peers", "runtime", "export", "evaluate"])
+@pytest.mark.parametrize("name", ["peers", "runtime", "bench", "export", "evaluate"])
 def test_missing_peers_are_one_clear_line(name: str, tmp_path: Path) -> None:
     done = _benchmark(name, "--tools", tmp_path, "--scratch", tmp_path / "scratch")
     assert done.returncode == 2
