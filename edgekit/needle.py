@@ -301,6 +301,7 @@ def _run(path: Path, plan: _Plan, progress: Progress, stage: str) -> NeedleScore
     header = gguf.read(Path(model_files(path).path))
     total = len(plan.depths) * plan.trials * sum(plan.lengths)
     done = 0
+    progress(stage, done, total)
     with load(path, n_ctx=plan.lengths[-1], n_threads=plan.threads) as session:
         asker = _Asker(session, plan)
         rows, recalled = [], []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +33,7 @@ def test_a_real_model_finds_the_code(smollm2_gguf: Path) -> None:
         assert row.ttft_ms > 0
         # 30 layers with 3 heads of 64 float16 keys and as many values
         assert row.kv_bytes == row.length * 30 * 2 * 3 * 64 * 2
-    assert [done for _, done, _ in stages] == [256, 512, 896, 1280]
+    assert [done for _, done, _ in stages] == [0, 256, 512, 896, 1280]
     assert {total for _, _, total in stages} == {1280}
 
 
@@ -65,3 +69,20 @@ def test_options_of_another_measurement_are_refused(
     done = cli("eval", smollm2_gguf, "--needle", "--shots", "2")
     assert (done.code, done.stdout) == (2, "")
     assert "--shots means nothing with --needle" in done.stderr
+
+
+def test_ctrl_c_ends_a_question_in_the_middle(smollm2_gguf: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", "eval", smollm2_gguf, "--needle", "--lengths", "8192"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "needle ...\n"
+    time.sleep(6)  # the model is loaded, and reads thousands of tokens
+    process.send_signal(signal.SIGINT)
+    started_s = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - started_s < 5
+    assert (process.returncode, out, err.strip()) == (130, "", "stopped")
