@@ -254,3 +254,26 @@ def test_flips_count_both_ways_where_accuracies_are_equal() -> None:
     assert found.share.value == 0.5
     assert found.difference.value == 0.0
     assert found.difference.low < 0 < found.difference.high
+
+
+def test_few_lines_without_a_flip_are_no_certainty() -> None:
+    small, large = (tasks.flips([True] * lines, [True] * lines).difference for lines in (6, 600))
+    assert small.value == large.value == 0.0
+    assert small.high == -small.low > 0.2
+    assert large.high == -large.low < 0.01
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "total", "low", "high"),
+    # By hand: (lead +- 1.95996 sqrt(discordant - lead^2 / lines)) / lines
+    [(2, 10, 98, -0.1489, -0.0111), (30, 30, 998, -0.0153, 0.0153), (5, 0, 5, 0.2779, 1.0)],
+)
+def test_the_difference_has_a_paired_interval(
+    gained: int, lost: int, total: int, low: float, high: float
+) -> None:
+    same = total - gained - lost
+    here = [True] * gained + [False] * lost + [True] * same
+    reference = [False] * gained + [True] * lost + [True] * same
+    found = tasks.flips(here, reference).difference
+    assert found.value == pytest.approx((gained - lost) / total)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
