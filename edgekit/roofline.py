@@ -20,8 +20,6 @@ from edgekit.probe import Limits
 
 __all__ = ["Advice", "ModelCost", "Part", "Row", "RowVerdict", "Verdict", "cost", "verdict"]
 
-# A roof explains a row when it takes the larger part of its time.
-_EXPLAINS = 0.5
 # More threads that lift the roof by a quarter or more should bring a third of that at least.
 _LIFTED = 1.25
 _FAIR_PART = 1 / 3
@@ -41,7 +39,7 @@ class RowVerdict:
     """What bounds one row. Times in ms per token, rates per second.
 
     ``share`` is how much of the time the roof of ``kind`` ("memory" or "compute") takes; above 1
-    where the row beat what was measured. For "overhead" it is the part that no roof explains.
+    where the row beat what was measured. For "overhead" it is the part above the higher roof.
     """
 
     phase: str
@@ -141,6 +139,7 @@ class _Work:
 
     @property
     def roof_s(self) -> float:
+        """No token can be faster than the higher of both roofs."""
         return max(self.memory_s, self.compute_s)
 
 
@@ -178,8 +177,9 @@ def _judge(
 ) -> RowVerdict:
     work = _work(row, cost, limits)
     token_s = 1 / tok_s(row)
-    share = work.roof_s / token_s
+    rest_s = max(0.0, token_s - work.memory_s - work.compute_s)
     kind = "memory" if work.memory_s >= work.compute_s else "compute"
+    share = work.roof_s / token_s
     fewer = [r for r in advise.differing(row, rows, "n_threads") if r.n_threads < row.n_threads]
     gain = lifted = None
     if fewer:
@@ -191,9 +191,9 @@ def _judge(
         and lifted >= _LIFTED
         and gain - 1 < _FAIR_PART * (lifted - 1)
     )
-    if share < _EXPLAINS or starved:
+    if starved or rest_s > work.roof_s:
         kind, share = "overhead", max(0.0, 1 - share)
-        sentence = _overhead_sentence(row, fewer, gain if starved else None, 1 - share)
+        sentence = _overhead_sentence(row, fewer, gain if starved else None, rest_s / token_s)
     elif share >= 1:
         sentence = f"{kind}-bound, at the limit (raw figure {share:.0%})"
     else:
@@ -221,29 +221,33 @@ def _judge(
     )
 
 
-def _overhead_sentence(row: Row, fewer: Sequence[Row], gain: float | None, explained: float) -> str:
+def _overhead_sentence(row: Row, fewer: Sequence[Row], gain: float | None, rest: float) -> str:
+    """``gain`` is what more threads brought where that was too little, else None."""
     if gain is None:
-        return f"overhead-bound: memory and arithmetic explain {explained:.0%} of the time"
-    if row.n_threads == 2:
-        who = "a second thread adds"
-    else:
-        who = f"{row.n_threads} threads instead of {fewer[-1].n_threads} add"
+        return f"overhead-bound: memory and arithmetic explain only {1 - rest:.0%} of the time"
+    second = row.n_threads == 2
+    who = (
+        "a second thread" if second else f"{row.n_threads} threads instead of {fewer[-1].n_threads}"
+    )
+    adds, makes = ("adds", "makes") if second else ("add", "make")
+    if gain * NOTHING < 1:
+        return f"overhead-bound: {who} {makes} it {1 - gain:.0%} slower"
     amount = "nothing" if gain < NOTHING else f"only {gain - 1:.0%}"
-    return f"overhead-bound: {who} {amount}"
+    return f"overhead-bound: {who} {adds} {amount}"
 
 
 def _parts(
     row: Row, work: _Work, token_s: float, limits: Limits, n_operators: int | None
 ) -> list[Part]:
-    """The time of a token: the higher roof, what else was measured, and the rest."""
-    if work.memory_s >= work.compute_s:
-        parts = [Part("memory", work.memory_s * 1e3, "bytes read at the measured bandwidth")]
-    else:
-        parts = [Part("arithmetic", work.compute_s * 1e3, "FLOP at the measured peaks")]
-    if work.kernel_s is not None and work.kernel_s > work.roof_s:
-        more_ms = (work.kernel_s - work.roof_s) * 1e3
-        source = f"{work.kernel_s * 1e3:.2f} ms for one token even with all weights in the cache"
-        parts.append(Part("the engine's products", more_ms, source))
+    """The time of a token by what was measured, as if nothing overlapped, and what is left."""
+    parts = [
+        Part("memory", work.memory_s * 1e3, "bytes read at the measured bandwidth"),
+        Part("arithmetic", work.compute_s * 1e3, "FLOP at the measured peaks"),
+    ]
+    if work.kernel_s is not None and work.kernel_s > work.compute_s:
+        more_ms = (work.kernel_s - work.compute_s) * 1e3
+        source = f"its products take {work.kernel_s * 1e3:.2f} ms with all weights in the cache"
+        parts.append(Part("the engine below its peak", more_ms, source))
     operator_s = limits.operator_s(row.n_threads)
     if decodes(row) and operator_s is not None and n_operators is not None:
         parts.append(
@@ -279,7 +283,7 @@ def _evidence(
         found.append(
             f"the cache is {cache / read:.0%} of the bytes read, behind {depth:.0f} tokens"
         )
-    found += [f"{part.name}: {part.ms:.2f} ms ({part.source})" for part in judged.parts[1:]]
+    found += [f"{part.name}: {part.ms:.2f} ms ({part.source})" for part in judged.parts[2:]]
     if host_ms is not None:
         found.append(f"sampling, text and Python add {host_ms:.2f} ms a token to a session")
     if limits.busy:

@@ -187,9 +187,10 @@ def test_a_layer_without_kv_heads_keeps_and_computes_nothing_per_position() -> N
     ("cost", "tok_s", "fields", "kind", "share"),
     [
         (F16, 95, {"n_threads": 1}, "memory", 0.68),
-        (Q4_0, 223, {"n_threads": 2}, "overhead", 0.71),
         (F16, 107, {"n_threads": 2}, "overhead", 0.59),
         (Q8_0, 149, {"n_threads": 1}, "memory", 0.57),
+        (Q4_0, 198, {"n_threads": 1}, "memory", 0.47),
+        (Q4_0, 223, {"n_threads": 2}, "overhead", 0.71),
         (Q4_0, 779, {"n_threads": 1, "n_prompt": 512}, "compute", 0.94),
         (Q4_0, 1269, {"n_threads": 2, "n_prompt": 512}, "compute", 0.77),
         (Q8_0, 896, {"n_threads": 2, "n_prompt": 512}, "compute", 0.54),
@@ -210,12 +211,25 @@ def test_each_kind_has_its_sentence() -> None:
     prefill = roofline.verdict([row(1269, n_threads=2, n_prompt=512)], Q4_0, MACHINE)
     assert prefill.sentence == "compute-bound at 77% of the limit"
     lone = roofline.verdict([row(223, n_threads=2)], Q4_0, MACHINE)
-    assert lone.sentence == "overhead-bound: memory and arithmetic explain 29% of the time"
-    pair = [row(198, n_threads=1), row(200, n_threads=2)]
-    flat = roofline.verdict(pair, Q4_0, MACHINE)
-    assert flat.sentence == "overhead-bound: a second thread adds nothing"
-    slow = roofline.verdict([row(198, n_threads=1), row(223, n_threads=2)], Q4_0, MACHINE)
-    assert slow.sentence == "overhead-bound: a second thread adds only 13%"
+    assert lone.sentence == "overhead-bound: memory and arithmetic explain only 45% of the time"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "sentence"),
+    [
+        ({1: 198, 2: 200}, "a second thread adds nothing"),
+        ({1: 198, 2: 223}, "a second thread adds only 13%"),
+        ({1: 198, 2: 160}, "a second thread makes it 19% slower"),
+        ({2: 198, 4: 200}, "4 threads instead of 2 add nothing"),
+        ({2: 198, 4: 160}, "4 threads instead of 2 make it 19% slower"),
+    ],
+)
+def test_threads_that_bring_too_little_are_named(speeds: dict[int, float], sentence: str) -> None:
+    wide = replace(MACHINE, rows=(*MACHINE.rows, Limit(4, 140e9, 760e9)))
+    rows = [row(speed, n_threads=count) for count, speed in speeds.items()]
+    found = roofline.verdict(rows, Q4_0, wide)
+    assert found.rows[-1].sentence == f"overhead-bound: {sentence}"
+    assert found.rows[-1].kind == "overhead"
 
 
 def test_a_second_thread_that_adds_nothing_is_no_overhead_where_the_memory_is_full() -> None:
@@ -250,16 +264,24 @@ def test_left_over_time_is_named_as_far_as_it_was_measured() -> None:
         kernels=(KernelLimit("Q4_0", 1, 400e9, 80e9), KernelLimit("Q8_0", 1, 400e9, 80e9)),
         operators=(OperatorLimit(1, 0.5e-6),),
     )
-    bare = roofline.verdict([row(198)], Q4_0, MACHINE).headline
-    assert [part.name for part in bare.parts] == ["memory", "not explained"]
-    known = roofline.verdict([row(198)], Q4_0, limits, n_operators=1000, host_ms=0.3)
+    bare = roofline.verdict([row(140)], Q4_0, MACHINE).headline
+    assert [part.name for part in bare.parts] == ["memory", "arithmetic", "not explained"]
+    known = roofline.verdict([row(140)], Q4_0, limits, n_operators=1000, host_ms=0.3)
     parts = {part.name: part.ms for part in known.headline.parts}
-    assert parts["dispatch and barriers"] == pytest.approx(0.5)
-    # 269 MFLOP at 80 GFLOP/s and 1 of attention take 3.37 ms; the memory's 2.40 are part of them.
     assert parts["memory"] == pytest.approx(2.40, abs=0.01)
-    assert parts["the engine's products"] == pytest.approx(3.37 - 2.40, abs=0.01)
+    # 269 MFLOP: 0.67 ms at the peak, 3.36 with one column; and 4 MFLOP of attention in float32.
+    assert parts["arithmetic"] == pytest.approx(0.70, abs=0.01)
+    assert parts["the engine below its peak"] == pytest.approx(3.36 - 0.67, abs=0.01)
+    assert parts["dispatch and barriers"] == pytest.approx(0.5)
     assert sum(parts.values()) == pytest.approx(known.headline.token_ms)
     assert "sampling, text and Python add 0.30 ms a token to a session" in known.evidence
+
+
+def test_parts_that_overlap_leave_nothing_unexplained() -> None:
+    found = roofline.verdict([row(1000, n_prompt=512)], Q4_0, MACHINE).headline
+    parts = {part.name: part.ms for part in found.parts}
+    assert parts["memory"] + parts["arithmetic"] > found.token_ms
+    assert parts["not explained"] == 0
 
 
 def test_sequences_side_by_side_share_one_reading_of_the_weights() -> None:
