@@ -1,8 +1,9 @@
 """The table behind ``--bits``: size, quality and speed of GGUF types on a fair float reference.
 
 Every file is made by edgekit, with and without its importance matrix; llama-perplexity compares it
-with the float model on held-out text, llama-bench times it against F16. A row is on the front when
-no file that is as small or smaller has a lower KL divergence.
+with the float model on held-out text, llama-bench times it against F16. ``--wide`` measures on
+SmolLM2 with rows of 768, which every type can hold; for most, its own rows of 576 are no multiple
+of a block. A row is on the front when no file that is as small or smaller has a lower divergence.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import measure
 import numpy as np
 import peers
 import reference
+import wide
 
 import edgekit
 from edgekit import _proc, quant
@@ -79,16 +81,13 @@ class Truth:
         return {name: float(match[1]) for name, match in found.items() if match}
 
 
-def record_truth(
-    tools: peers.Tools, scratch: Path, text: bytes, chunks: int, seed: int, threads: int
-) -> Truth:
-    """Make the reference and record its logits, once per text, chunk count and seed."""
-    model = reference.make(scratch, seed)
+def record_truth(tools: peers.Tools, model: Path, text: bytes, chunks: int, threads: int) -> Truth:
+    """Record the reference's logits beside it, once per text and chunk count."""
     digest = hashlib.sha256(text).hexdigest()[:12]
-    path = scratch / f"logits-{seed}-{digest}-{chunks}.bin"
+    path = model.with_name(f"{model.stem}-logits-{digest}-{chunks}.bin")
     if not path.is_file():
         measure.say(f"recording the float model's logits over {chunks} chunks")
-        held_out = scratch / f"held-out-{digest}.txt"
+        held_out = model.parent / f"held-out-{digest}.txt"
         held_out.write_bytes(text)
         unfinished = path.with_suffix(".partial")
         argv = [tools.program("llama-perplexity"), "-m", model, "-f", held_out, "-t", threads]
@@ -135,10 +134,12 @@ def _slice(path: Path) -> bytes:
 def variants(types: Sequence[str], calibrations: Sequence[int]) -> Iterator[tuple[str, int]]:
     """(type, calibration chunks) of every file to make; 0 chunks: no importance matrix."""
     for kind in types:
-        if kind not in quant.NEEDS_IMATRIX:
+        if not quant.wants_imatrix(kind):
             yield kind, 0
-        if quant.wants_imatrix(kind):
-            yield from ((kind, chunks) for chunks in calibrations)
+            continue
+        for chunks in calibrations:
+            if chunks or kind not in quant.NEEDS_IMATRIX:
+                yield kind, chunks
 
 
 def make_row(
@@ -199,10 +200,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibration-chunks",
         type=_numbers,
-        default=(imatrix.DEFAULT_CHUNKS,),
+        default=(0, imatrix.DEFAULT_CHUNKS),
         metavar="N,M",
-        help="sizes of the importance matrix's text",
+        help="sizes of the importance matrix's text; 0: without one",
     )
+    parser.add_argument("--wide", action="store_true", help="measure on rows of 768")
     parser.add_argument("--seed", type=int, default=1, help="of the reference's scales")
     return parser.parse_args()
 
@@ -221,11 +223,12 @@ def main() -> None:
     calibrations = arguments.calibration_chunks
     bench = ("-p", 512, "-n", 64, "-t", threads, "-fa", 1, "-r", 1)
     if arguments.quick:
-        chunks, reps, types, calibrations = 2, 1, ("Q8_0", "Q4_K_M"), (2,)
+        chunks, reps, types, calibrations = 2, 1, ("Q8_0", "Q4_K_M"), (0, 2)
         bench = ("-p", 16, "-n", 4, "-t", threads, "-fa", 1, "-r", 1)
     text = held_out_text(arguments.text, chunks)
     tools = peers.find_tools(arguments.tools)
-    truth = record_truth(tools, scratch, text, chunks, arguments.seed, threads)
+    model = (wide if arguments.wide else reference).make(scratch, arguments.seed)
+    truth = record_truth(tools, model, text, chunks, threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         models: dict[str, Path] = {}
@@ -234,8 +237,8 @@ def main() -> None:
             rows.append(make_row(tools, truth, kind, calibration, out, threads))
             models[kind] = out / "model.gguf"
             measure.say(str(rows[-1]))
-        baseline = peers.quantized(tools, scratch, "F16")
-        speed = speeds(tools, models, baseline, reps, bench)
+        baseline = edgekit.export(model, out=Path(folder) / "F16", type="F16", receipt=False)
+        speed = speeds(tools, models, baseline.model_path, reps, bench)
     rows.sort(key=lambda row: (-row.size_bytes, row.mean_kl))
     measure.table(
         f"Types on the float reference, {chunks} held-out chunks of 512 tokens; speeds are"
