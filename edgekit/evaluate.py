@@ -165,8 +165,6 @@ def read_text(path: Path | None) -> str:
     """A UTF-8 text of at most 64 MiB; None: edgekit's own held-out text. Raises UsageError."""
     if path is None:
         own = resources.files("edgekit.exporters").joinpath("held_out.txt")
-        if not own.is_file():
-            raise UsageError("which text?", hint="give --text FILE")
         return own.read_text("utf-8")
     try:
         with path.open("rb") as file:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgekit import evaluate
 from edgekit.errors import InferenceError, LoadError, UsageError
+from edgekit.exporter import export
 from edgekit.exporters import hf_to_gguf, quantizer
 from edgekit.formats import gguf
 from edgekit.source import source
@@ -163,6 +164,39 @@ def test_the_bytes_of_a_report_are_json(pair: Callable[[str], Pair]) -> None:
     assert "token_kl" not in body
 
 
+def test_an_artifact_is_measured_with_the_adapter_that_it_ships(
+    pair: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    folder = pair("tinyllama").folder
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tuned = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, value in tuned.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(value, std=0.2)
+    tuned.save_pretrained(tmp_path / "adapter")
+    made = {
+        mode: export(
+            source(folder),
+            out=tmp_path / mode,
+            type="F32",
+            adapter=tmp_path / "adapter",
+            adapter_mode=mode,
+            receipt=False,
+        ).path
+        for mode in ("keep", "merge")
+    }
+    sizes: dict[str, Any] = {"n_ctx": 64, "chunks": 2, "threads": 1}
+    apart = evaluate.compare(made["keep"] / "model.gguf", made["merge"], TEXT, **sizes)
+    applied = evaluate.compare(made["keep"], made["merge"], TEXT, **sizes)
+    assert apart.mean_kl.value > 0.1
+    assert applied.mean_kl.value < 1e-4
+
+
 def _spoilt(file: Path, out: Path) -> Path:
     """A copy whose last norm holds a NaN."""
     out.write_bytes(file.read_bytes())
@@ -255,6 +289,16 @@ def test_the_command_prints_tables(cli: Any, pair: Callable[[str], Pair], text_f
     assert "62 tokens scored" in both.stdout
 
 
+def test_without_a_text_the_command_reads_one_that_nothing_was_calibrated_on(
+    cli: Any, pair: Callable[[str], Pair]
+) -> None:
+    done = cli("eval", pair("gpt2").file, "--ctx", 64, "--chunks", 1, "--threads", 1, "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["text"] == "builtin"
+    lines = evaluate.read_text(None).splitlines()
+    assert not {line for line in lines if len(line) > 80} & set(TEXT.splitlines())
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -263,6 +307,11 @@ def test_the_command_prints_tables(cli: Any, pair: Callable[[str], Pair], text_f
         (["--plot", "kl.png"], 2, "--plot draws KL divergence"),
         (["--against", "x.gguf", "--plot", "kl.pdf"], 2, "cannot draw kl.pdf"),
         (["--text", "text.txt", "--against", "nowhere"], 5, "nowhere is not an artifact"),
+        (
+            ["--text", "text.txt", "--ctx", "64", "--against", "text.txt"],
+            5,
+            "text.txt: is not a GGUF file",
+        ),
         (["second.gguf"], 2, "this takes one model, not 2"),
         (["--ctx", "1"], 2, "Invalid value for '--ctx'"),
     ],
