@@ -20,9 +20,9 @@ from edgekit.probe import Limits
 
 __all__ = ["Advice", "ModelCost", "Part", "Row", "RowVerdict", "Verdict", "cost", "verdict"]
 
-# More threads that lift the roof by a quarter or more should bring a third of that at least.
+# More threads that lift the roof by a quarter or more should bring half of that at least.
 _LIFTED = 1.25
-_FAIR_PART = 1 / 3
+_FAIR_PART = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,12 @@ def verdict(
 
 @dataclass(frozen=True)
 class _Work:
-    """What one token of a row asks for, and the seconds that each limit allows for it.
-
-    ``kernel_s`` is what the engine's products alone would take if all weights lay in the cache:
-    None where that was not measured, or is not one product with one column.
-    """
+    """What one token of a row asks for, and the seconds that each limit allows for it."""
 
     bytes: float
     flops: float
     memory_s: float
     compute_s: float
-    kernel_s: float | None
 
     @property
     def roof_s(self) -> float:
@@ -158,18 +153,21 @@ def _work(row: Row, cost: ModelCost, limits: Limits) -> _Work:
         products = cost.flops_by_type(output=False)  # the last token's logits are nothing here
     attention = cost.attention_flops(depth)
     compute_s = attention / roof.flops_s
-    kernel_s: float | None = compute_s if decodes(row) and row.n_seqs == 1 else None
     for type_name, flops in products.items():
         kernel = limits.kernel(type_name, row.n_threads)
         if kernel is None:
             compute_s += flops / roof.flops_s
-            kernel_s = None
+        elif _one_column(row):
+            compute_s += flops / kernel.decode_flops_s
         else:
             compute_s += flops / max(kernel.prefill_flops_s, kernel.decode_flops_s)
-            if kernel_s is not None:
-                kernel_s += flops / kernel.decode_flops_s
     total = attention + sum(products.values())
-    return _Work(read, total, read / roof.read_bytes_s, compute_s, kernel_s)
+    return _Work(read, total, read / roof.read_bytes_s, compute_s)
+
+
+def _one_column(row: Row) -> bool:
+    """Whether every product has one column only: then unpacking weights takes most of it."""
+    return decodes(row) and row.n_seqs == 1
 
 
 def _judge(
@@ -217,7 +215,7 @@ def _judge(
         kind=kind,
         share=share,
         sentence=sentence,
-        parts=tuple(_parts(row, work, token_s, limits, n_operators)),
+        parts=tuple(_parts(row, work, token_s, cost, limits, n_operators)),
     )
 
 
@@ -237,17 +235,18 @@ def _overhead_sentence(row: Row, fewer: Sequence[Row], gain: float | None, rest:
 
 
 def _parts(
-    row: Row, work: _Work, token_s: float, limits: Limits, n_operators: int | None
+    row: Row,
+    work: _Work,
+    token_s: float,
+    cost: ModelCost,
+    limits: Limits,
+    n_operators: int | None,
 ) -> list[Part]:
     """The time of a token by what was measured, as if nothing overlapped, and what is left."""
     parts = [
         Part("memory", work.memory_s * 1e3, "bytes read at the measured bandwidth"),
-        Part("arithmetic", work.compute_s * 1e3, "FLOP at the measured peaks"),
+        Part("arithmetic", work.compute_s * 1e3, f"FLOP at the rate {_peak(row, cost, limits)}"),
     ]
-    if work.kernel_s is not None and work.kernel_s > work.compute_s:
-        more_ms = (work.kernel_s - work.compute_s) * 1e3
-        source = f"its products take {work.kernel_s * 1e3:.2f} ms with all weights in the cache"
-        parts.append(Part("the engine below its peak", more_ms, source))
     operator_s = limits.operator_s(row.n_threads)
     if decodes(row) and operator_s is not None and n_operators is not None:
         parts.append(
@@ -294,5 +293,6 @@ def _evidence(
 def _peak(row: Row, cost: ModelCost, limits: Limits) -> str:
     """Whose peak the arithmetic was held against."""
     if all(limits.kernel(type_name, row.n_threads) for type_name in cost.types):
-        return f"measured with the engine's {', '.join(cost.types)} products"
+        columns = "1 column" if _one_column(row) else "512 columns"
+        return f"measured with the engine's {', '.join(cost.types)} products of {columns}"
     return "measured in float32"

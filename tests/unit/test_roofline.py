@@ -244,34 +244,37 @@ def test_a_row_above_the_limit_is_at_the_limit_and_shows_its_raw_figure() -> Non
     assert found.share > 1
 
 
+ENGINE = replace(
+    MACHINE,
+    kernels=(KernelLimit("Q4_0", 1, 400e9, 80e9), KernelLimit("Q8_0", 1, 400e9, 80e9)),
+    operators=(OperatorLimit(1, 0.5e-6),),
+)
+
+
 def test_the_engines_own_products_are_the_better_ceiling() -> None:
-    fast = Limits(
-        "int8",
-        MACHINE.rows,
-        (KernelLimit("Q4_0", 1, 400e9, 60e9), KernelLimit("Q8_0", 1, 400e9, 60e9)),
+    plain, engine = (
+        roofline.verdict([row(779, n_prompt=512)], Q4_0, limits) for limits in (MACHINE, ENGINE)
     )
-    plain, kernel = (
-        roofline.verdict([row(779, n_prompt=512)], Q4_0, limits) for limits in (MACHINE, fast)
-    )
-    assert kernel.share < 0.6 * plain.share
-    assert any("measured with the engine's Q4_0, Q8_0 products" in line for line in kernel.evidence)
+    assert engine.share < 0.6 * plain.share
+    told = "measured with the engine's Q4_0, Q8_0 products of 512 columns"
+    assert any(told in line for line in engine.evidence)
     assert any("measured in float32" in line for line in plain.evidence)
 
 
+def test_decoding_can_be_bound_by_the_engine_unpacking_weights_for_one_column() -> None:
+    found = roofline.verdict([row(198)], Q4_0, ENGINE)
+    assert found.sentence == "compute-bound at 67% of the limit"
+    assert any("products of 1 column" in line for line in found.evidence)
+
+
 def test_left_over_time_is_named_as_far_as_it_was_measured() -> None:
-    limits = replace(
-        MACHINE,
-        kernels=(KernelLimit("Q4_0", 1, 400e9, 80e9), KernelLimit("Q8_0", 1, 400e9, 80e9)),
-        operators=(OperatorLimit(1, 0.5e-6),),
-    )
     bare = roofline.verdict([row(140)], Q4_0, MACHINE).headline
     assert [part.name for part in bare.parts] == ["memory", "arithmetic", "not explained"]
-    known = roofline.verdict([row(140)], Q4_0, limits, n_operators=1000, host_ms=0.3)
+    known = roofline.verdict([row(140)], Q4_0, ENGINE, n_operators=1000, host_ms=0.3)
     parts = {part.name: part.ms for part in known.headline.parts}
     assert parts["memory"] == pytest.approx(2.40, abs=0.01)
-    # 269 MFLOP: 0.67 ms at the peak, 3.36 with one column; and 4 MFLOP of attention in float32.
-    assert parts["arithmetic"] == pytest.approx(0.70, abs=0.01)
-    assert parts["the engine below its peak"] == pytest.approx(3.36 - 0.67, abs=0.01)
+    # 269 MFLOP of products at 80 GFLOP/s, and 4 of attention at the float32 peak.
+    assert parts["arithmetic"] == pytest.approx(3.36 + 0.02, abs=0.01)
     assert parts["dispatch and barriers"] == pytest.approx(0.5)
     assert sum(parts.values()) == pytest.approx(known.headline.token_ms)
     assert "sampling, text and Python add 0.30 ms a token to a session" in known.evidence
