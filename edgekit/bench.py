@@ -149,15 +149,20 @@ class _Run:
         sides = []
         for number, model in enumerate(self._models):
             self._progress("load", number, len(self._models))
-            side = SessionSide(model.facts, model.path, model.given, self._sweep)
+            side = SessionSide(
+                model.facts, model.path, model.given, self._sweep, longest=model.longest
+            )
             children.callback(side.close)
             if not self._sweep.threads:
                 self._threads[model.facts.name] = side.threads()
             if self._sweep.sessions:
                 side.load()
                 sides.append(side)
-            else:
-                side.close()
+            if model.adapters:
+                self._remarks.append(
+                    f"{model.facts.name} has an adapter: it counts in edgekit.load, not in the"
+                    " engine's loops"
+                )
         return sides
 
     def _sides(self, children: ExitStack) -> list[EngineSide]:
@@ -209,21 +214,21 @@ class _Run:
             yield f"the clock fell from {high:.0f} to {low:.0f} MHz between the turns"
         for words in report.after.throttling or ():
             yield f"the firmware says: {words}"
-        far = [row for row in report.rows if row.outliers]
-        if far:
-            yield (
-                f"{sum(len(row.outliers) for row in far)} repetitions in {len(far)} rows lie far"
-                " from the others; they count in every figure"
-            )
+        for row in report.rows:
+            if far := row.outliers:
+                speeds = ", ".join(f"{row.speeds[i]:.1f}" for i in far)
+                yield (
+                    f"{row.model} {row.test} -t {row.n_threads} kv {row.kv_type}: outliers of"
+                    f" {speeds} tok/s count in the mean of {row.tok_s:.1f}"
+                )
 
 
 def _check_context(model: Model, setting: Setting) -> None:
-    trained = model.header.metadata.get(f"{model.header.architecture}.context_length")
     needed = setting.n_ctx // setting.n_seqs
-    if isinstance(trained, int) and needed > trained:
+    if needed > model.longest:
         raise UsageError(
             f"the tests need a context of {needed} tokens, {model.facts.name} was trained for"
-            f" {trained}"
+            f" {model.longest}"
         )
 
 

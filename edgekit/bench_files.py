@@ -5,6 +5,7 @@ Knows suffixes; never what the forms look like.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,13 +18,18 @@ _FORMS = (".json", ".csv", ".md", *plot.FORMS)
 
 
 def check(path: Path) -> None:
-    """Raises UsageError for a file of no known form, MissingExtraError for a picture without
-    matplotlib: before the work, not after.
+    """Raises UsageError for a file of no known form or in a place that cannot be written to, and
+    MissingExtraError for a picture without matplotlib: before the work, not after.
     """
     if path.suffix.lower() not in _FORMS:
         raise UsageError(f"cannot write {path.name}", hint=f"end it in {', '.join(_FORMS)}")
     if path.is_dir():
         raise UsageError(f"{path} is a folder")
+    above = path.absolute().parent
+    while not os.path.exists(above):
+        above = above.parent
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise UsageError(f"cannot write {path}: {above} is no folder to write to")
     if path.suffix.lower() in plot.FORMS and find_spec("matplotlib") is None:
         raise MissingExtraError("plot", missing="matplotlib")
 

@@ -17,6 +17,7 @@ from edgekit.formats import gguf
 from edgekit.report import ModelFacts
 
 FORMAT = "gguf"
+_UNTOLD_CONTEXT = 1 << 20  # of a header that tells none: the engine will judge
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Model:
     given: Path
     header: gguf.GgufHeader
     facts: ModelFacts
+    adapters: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the context that the model was trained for."""
+        trained = self.header.metadata.get(f"{self.header.architecture}.context_length")
+        return trained if isinstance(trained, int) and trained > 0 else _UNTOLD_CONTEXT
 
 
 def opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[Model]:
@@ -50,6 +58,8 @@ def opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[
                     architecture=header.architecture,
                     parameters=header.parameters,
                 ),
+                adapters=artifact is not None
+                and any(file.role == "adapter" for file in artifact.manifest.files),
             )
         )
     return found

@@ -18,6 +18,7 @@ from edgekit.telemetry import Strain
 _START_S = 120
 _ANSWER_S = 3600
 _WARM_STEPS = 8
+_ROOM = 16  # tokens of a session's context beside the test: BOS, and the first of the answer
 _FEWEST_TOKENS = 8  # of an answer whose pace means something
 
 
@@ -148,8 +149,12 @@ class EngineSide:
 class SessionSide:
     """A user's session of one model, with the first value of each list of the sweep."""
 
-    def __init__(self, facts: ModelFacts, path: Path, given: Path, sweep: Sweep) -> None:
-        """``given`` is what the user loads; ``path`` the model's file in it."""
+    def __init__(
+        self, facts: ModelFacts, path: Path, given: Path, sweep: Sweep, *, longest: int
+    ) -> None:
+        """``given`` is what the user loads, ``path`` the model's file in it; ``longest`` the
+        context that the model was trained for.
+        """
         self.facts = facts
         self.turn_s = 0.0
         self._path = path
@@ -157,10 +162,11 @@ class SessionSide:
         self._kv_type = sweep.kv_types[0]
         self._asked = sweep.threads[0] if sweep.threads else None
         self._threads = self._asked or 0
-        self._prompt = sweep.prompts[0] if sweep.prompts else 0
-        self._answer = sweep.answers[0] if sweep.answers else 0
         self._depth = sweep.depths[0]
-        self._n_ctx = max(self._prompt, self._depth + self._answer) + 16
+        self._answer = sweep.answers[0] if sweep.answers else 0
+        prompt = sweep.prompts[0] if sweep.prompts else 0
+        self._n_ctx = min(longest, max(prompt, self._depth + self._answer) + _ROOM)
+        self._prompt = min(prompt, self._n_ctx - _ROOM)
         self._n_batch = sweep.n_batch
         self._flash_attention = sweep.flash_attention
         self._child: Child | None = None
@@ -172,7 +178,11 @@ class SessionSide:
 
     def threads(self) -> tuple[int, int]:
         """What ``edgekit.load`` takes for decode and for prefill."""
-        decode, prefill = self._opened().ask("threads", path=str(self._given))
+        child = Child(f"a session of {self.facts.name}")  # its memory is no part of the figures
+        try:
+            decode, prefill = child.ask("threads", path=str(self._given))
+        finally:
+            child.close()
         self._threads = self._threads or decode
         return decode, prefill
 

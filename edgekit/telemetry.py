@@ -48,7 +48,8 @@ class Counters:
 
     CPU seconds of all processors together: ``busy_s`` in anybody's work, ``idle_s``, ``steal_s``
     taken by the host of a virtual machine. ``energy_uj`` is package -> (microjoules, where the
-    counter starts anew). ``throttle_events`` counts events, or the Pi's sticky bits.
+    counter starts anew). ``throttle_events`` counts events, or the Pi's sticky bits; these stay
+    set, so ``throttled_now`` says whether anything slows the processor down at this moment.
     """
 
     busy_s: float | None = None
@@ -56,6 +57,7 @@ class Counters:
     steal_s: float | None = None
     energy_uj: dict[str, tuple[int, int]] = field(default_factory=dict)
     throttle_events: int | None = None
+    throttled_now: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,14 @@ def conditions(root: Path) -> Conditions:
 def counters(root: Path) -> Counters:
     """The counters now; ``strain`` compares two looks."""
     busy_s, idle_s, steal_s = _cpu_seconds(root)
-    return Counters(busy_s, idle_s, steal_s, _energy(root), _throttle_events(root))
+    return Counters(
+        busy_s=busy_s,
+        idle_s=idle_s,
+        steal_s=steal_s,
+        energy_uj=_energy(root),
+        throttle_events=_throttle_events(root),
+        throttled_now=bool(_throttling_now(root)),
+    )
 
 
 def strain(before: Counters, after: Counters, own_cpu_s: float) -> Strain:
@@ -103,7 +112,7 @@ def strain(before: Counters, after: Counters, own_cpu_s: float) -> Strain:
         others_share=others,
         steal_share=steal,
         energy_j=_joules(before, after),
-        throttled=None if events is None else events > 0,
+        throttled=None if events is None else events > 0 or after.throttled_now,
     )
 
 

@@ -127,11 +127,7 @@ def command(
         raise UsageError("which model?", hint="edgekit bench build/smollm2-q4")
     with show.progress(quiet=as_json) as progress:
         found = bench(*models, probe=not no_probe, progress=progress, **sweep)
-        _write(found, outs)
         parts = profiles(models, found, progress) if profile else []
-    for number, part in enumerate(parts, 1):
-        for out in outs:
-            bench_files.draw_profile(part, out, number)
     if not as_json:
         show_bench.report(found)
         for part in parts:
@@ -141,6 +137,10 @@ def command(
         show.as_json(body)
     else:
         show.as_json(found.to_dict())
+    _write(found, outs)
+    for number, part in enumerate(parts, 1):
+        for out in outs:
+            bench_files.draw_profile(part, out, number)
 
 
 def _compare(
@@ -152,15 +152,15 @@ def _compare(
 ) -> None:
     with show.progress(quiet=as_json) as progress:
         found, measured = bench_against(*sides, progress=progress, **sweep)
-    if measured is not None:
-        _write(measured, outs)
-    elif outs:
+    if measured is None and outs:
         raise UsageError("--out writes what is measured, and two reports are not")
     if as_json:
         report = measured and measured.to_dict()
         show.as_json({"comparison": found.to_dict(), "report": report})
     else:
         show_bench.comparison(found)
+    if measured is not None:
+        _write(measured, outs)
     if limit is not None:
         for sentence in gate(found, limit):
             show.warn(sentence)

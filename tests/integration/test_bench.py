@@ -19,7 +19,7 @@ import reports
 import edgekit
 from edgekit import report
 from edgekit.bench_plan import Sweep, settings_of, sweep_like
-from edgekit.bench_worker import drop_from_page_cache
+from edgekit.bench_worker import _Child, drop_from_page_cache
 from edgekit.errors import UsageError
 from edgekit.registry import RUNTIMES
 
@@ -92,6 +92,49 @@ def test_a_file_leaves_the_page_cache_or_the_reason_is_said(tmp_path: Path) -> N
     assert first is None or len(first) > 10
 
 
+def test_idle_children_sleep_until_their_next_turn(smollm2_gguf: Path) -> None:
+    """The engine's threads spin after work; a child that rests must not take a core from others."""
+    child = _Child()
+    child.hold(str(smollm2_gguf), {"n_ctx": 64, "threads": 2})
+    child.decode(2, 0)
+    assert child.rest()
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05
+
+
+def test_a_hot_pi_with_little_memory_says_so(
+    smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree of files plays the board; the engine runs here."""
+    files = {
+        "proc/cpuinfo": "".join(
+            f"processor\t: {n}\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0b\n" for n in range(4)
+        ),
+        "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0",
+        "proc/meminfo": "MemTotal: 500000 kB\nMemAvailable: 100000 kB\n",
+        "proc/loadavg": "0.10 0.10 0.10 1/100 999\n",
+        "sys/class/thermal/thermal_zone0/temp": "84250\n",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "80008\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("EDGEKIT_SYSROOT", str(tmp_path))
+    sweep: dict[str, Any] = {"threads": (1,), "prompts": (), "answers": (8,), "repetitions": 2}
+    found = edgekit.bench(smollm2_gguf, probe=False, sessions=False, **sweep)
+    assert (found.machine.board, found.machine.cpu) == (
+        "Raspberry Pi 5 Model B Rev 1.0",
+        "Cortex-A76",
+    )
+    assert found.before.temperature_c == 84.25
+    assert found.throttled and found.rows[0].throttled
+    remarks = "\n".join(found.remarks)
+    assert "throttled" in remarks and "soft temperature limit" in remarks
+    assert "each repetition loaded its model again" in remarks
+    assert found.rows[0].energy_j is None and "no energy counter" in (found.energy_note or "")
+
+
 def test_the_command_prints_a_table_and_writes_every_form(
     smollm2_gguf: Path, cli: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -140,6 +183,7 @@ _BAD = {
     "no limit": (["--compare", "a.json", "b.json", "--fail-if-slower", "lots"], 2, "no share"),
     "a limit alone": (["m.gguf", "--fail-if-slower", "5%"], 2, "needs --compare"),
     "no report": (["--compare", "no.json", "no.json"], 4, "no.json"),
+    "no folder": (["m.gguf", "--out", "/dev/null/r.md"], 2, "no folder to write to"),
     "three sides": (["m.gguf", "--compare", "a.json", "b.json"], 2, "leave out"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_what_is_no_report_is_refused_in_one_line(
 def test_bytes_that_are_no_json_object_are_refused(raw: bytes) -> None:
     with pytest.raises(UsageError):
         report.parse(raw, origin="r.json")
+
+
+def test_a_mutant_report_is_a_report_or_one_of_our_errors() -> None:
+    """Any value of it replaced by any other: no foreign exception, and what is read prints."""
+    draw = random.Random(0)
+    odd = [None, True, -1, 0, 1 << 70, 1e308, 5e-324, "", "\x00", "x" * 999, [], [[]], {}, {"a": 1}]
+    for _ in range(400):
+        body = reports.made().to_dict()
+        place: Any = body
+        while True:
+            key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], dict | list) or not place[key] or draw.random() < 0.2:
+                break
+            place = place[key]
+        place[key] = draw.choice(odd)
+        try:
+            found = _parse(body)
+        except EdgekitError:
+            continue
+        assert found.to_json() and report_text.markdown(found) and report_text.as_csv(found)
 
 
 def test_a_newer_report_asks_for_a_newer_edgekit() -> None:

@@ -102,7 +102,7 @@ def test_a_missing_energy_has_its_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "throttled"),
-    [("0", "0", False), ("0", "40000", True), ("50000", "50000", False)],
+    [("0", "0", False), ("0", "40000", True), ("50000", "50000", False), ("50005", "50005", True)],
 )
 def test_throttling_during_the_run_is_told_from_throttling_before_it(
     before: str, after: str, throttled: bool, tmp_path: Path
