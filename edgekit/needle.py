@@ -18,6 +18,7 @@ from typing import Any
 
 from edgekit import intervals, machine, plot
 from edgekit.errors import DoesNotFitError, UsageError
+from edgekit.evaluate import read_text
 from edgekit.exporter import Progress, no_progress
 from edgekit.formats import gguf
 from edgekit.intervals import Interval
@@ -30,7 +31,6 @@ DEFAULT_TRIALS = 3
 _SHORTEST = 512
 _ANSWER_TOKENS = 32
 _SLACK_TOKENS = 16  # tokens of a whole text are not quite the sum of its sentences' tokens
-_MAX_TEXT_BYTES = 64 << 20
 _MIN_PARAGRAPH = 300  # characters: shorter ones of the calibration text are titles and code
 _MAX_CELLS = 10_000
 
@@ -164,12 +164,13 @@ def evaluate(
     models = [Path(given) for given in (model, against) if given is not None]
     headers = [gguf.read(Path(model_files(given).path)) for given in models]
     trained = min(trained_tokens(header) or DEFAULT_N_CTX for header in headers)
+    grid = _lengths(lengths, trained)
     plan = _Plan(
-        lengths=_lengths(lengths, trained),
+        lengths=grid,
         depths=_depths(depths),
         trials=trials,
         seed=seed,
-        sentences=sentences(text),
+        sentences=sentences(text)[: grid[-1]],  # none is shorter than a token
         plain=plain,
         threads=threads,
     )
@@ -251,7 +252,7 @@ def sentences(text: Path | None) -> tuple[str, ...]:
             if len(part) > _MIN_PARAGRAPH and part.isascii() and "$" not in part
         ]
     else:
-        paragraphs = _own_text(text).split("\n")
+        paragraphs = read_text(text).split("\n")
     found = []
     for paragraph in paragraphs:
         parts = re.findall(r".+?(?:[.!?]['\")]?\s+|$)", paragraph.strip())
@@ -260,19 +261,6 @@ def sentences(text: Path | None) -> tuple[str, ...]:
     if not found:
         raise UsageError("the haystack is blank")
     return tuple(found)
-
-
-def _own_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_TEXT_BYTES + 1)
-        if len(raw) > _MAX_TEXT_BYTES:
-            raise UsageError(f"the haystack {path} is larger than 64 MiB")
-        return raw.decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read the haystack {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the haystack {path} is not UTF-8") from None
 
 
 def haystack(
@@ -369,8 +357,8 @@ class _Asker:
         room = length - taken - _SLACK_TOKENS
         if room < self._costs[0]:
             raise UsageError(
-                f"{length} tokens leave no room for a haystack: the question and its answer take"
-                f" {taken + _SLACK_TOKENS} of them"
+                f"{length} tokens have no room for the haystack's first sentence: the question and"
+                f" its answer take {taken + _SLACK_TOKENS} of them"
             )
         text = haystack(plan.sentences, self._costs, room, depth, needle)
         return holds(self._answer(text, needle, place, _ANSWER_TOKENS), code)

@@ -185,3 +185,11 @@ def test_the_grid_can_be_drawn(tmp_path: Path) -> None:
     needle.draw(report(), tmp_path / "grid.svg")
     drawn = (tmp_path / "grid.svg").read_text()
     assert drawn.count("<image") >= 1
+
+
+def test_a_length_without_room_for_a_sentence_is_refused(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needle, "load", lambda *_, **__: HalfReader())
+    with pytest.raises(UsageError, match="no room for the haystack's first sentence"):
+        needle.evaluate(smollm2_gguf, lengths=[100])
