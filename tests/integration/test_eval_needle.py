@@ -72,17 +72,21 @@ def test_options_of_another_measurement_are_refused(
 
 
 def test_ctrl_c_ends_a_question_in_the_middle(smollm2_gguf: Path) -> None:
+    options = ["--needle", "--lengths", "8192", "--threads", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgekit", "eval", smollm2_gguf, "--needle", "--lengths", "8192"],
+        [sys.executable, "-m", "edgekit", "eval", smollm2_gguf, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "needle ...\n"
-    time.sleep(6)  # the model is loaded, and reads thousands of tokens
-    process.send_signal(signal.SIGINT)
-    started_s = time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert time.monotonic() - started_s < 5
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "needle ...\n"
+        time.sleep(6)  # the model is loaded, and reads thousands of tokens
+        process.send_signal(signal.SIGINT)
+        started_s = time.monotonic()
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - started_s < 5
+    finally:
+        process.kill()  # its child dies with it
     assert (process.returncode, out, err.strip()) == (130, "", "stopped")

@@ -205,14 +205,17 @@ def test_ctrl_c_ends_a_run_and_its_child(smollm2_gguf: Path, tmp_path: Path) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "score ...\n"
-    time.sleep(3)  # the child has loaded the model, and is at work
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    process.send_signal(signal.SIGINT)
-    started_s = time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert time.monotonic() - started_s < 5
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "score ...\n"
+        time.sleep(3)  # the child has loaded the model, and is at work
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.send_signal(signal.SIGINT)
+        started_s = time.monotonic()
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - started_s < 5
+    finally:
+        process.kill()  # its child dies with it
     assert (process.returncode, out, err.strip()) == (130, "", "stopped")
     assert not any(Path(f"/proc/{child}").exists() for child in children)
