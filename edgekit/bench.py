@@ -21,7 +21,7 @@ from edgekit.bench_models import FORMAT, Model, opened
 from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
 from edgekit.bench_side import EngineSide, Sample, SessionSide
 from edgekit.bench_verdict import judged
-from edgekit.compare import Comparison, between, within
+from edgekit.compare import Comparison, between, check, within
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.registry import RUNTIME_OF_FORMAT
@@ -91,7 +91,8 @@ def bench_against(
         return between(one, other, names), None
     known = one or other
     assert known is not None
-    fresh = b if one is not None else a
+    fresh, name = (b, str(a)) if one is not None else (a, str(b))
+    check(known, name, _machine_facts(machine.root()))  # before minutes are spent
     measured = bench(fresh, probe=False, progress=progress, **sweep_like(known) | sweep)
     pair = (known, measured) if one is not None else (measured, known)
     return between(*pair, names), measured

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgekit.errors import GateError, UsageError
 from edgekit.intervals import Interval, paired, t_quantile
-from edgekit.report import BenchReport
+from edgekit.report import BenchReport, MachineFacts
 
 CONFIDENCE = 0.95
 # Two runs at different times differ by about this much (a standard deviation) though nothing
@@ -91,11 +91,12 @@ def between(a: BenchReport, b: BenchReport, names: tuple[str, str]) -> Compariso
     Another version of the engine or of edgekit is comparable: that is what regressions are about.
     Raises UsageError where machines, settings or conditions differ, and says why.
     """
-    if reasons := list(_differences(a, b, names)):
-        raise UsageError(
-            "not comparable: " + "; ".join(reasons),
-            hint="measure both again, or both at once: edgekit bench --compare MODEL MODEL",
-        )
+    reasons = [*_other_machine(a.machine, b.machine)]
+    if a.before.governor != b.before.governor:
+        reasons.append(f"other governor ({a.before.governor} and {b.before.governor})")
+    for report, name in zip((a, b), names, strict=True):
+        reasons += _disturbances(report, name)
+    _refuse(reasons)
     pairs = _matched(a, b)
     ones: dict[Any, _Series] = {}
     others: dict[Any, _Series] = {}
@@ -106,6 +107,11 @@ def between(a: BenchReport, b: BenchReport, names: tuple[str, str]) -> Compariso
     return Comparison(
         *names, False, _compared(ones, others, in_pairs=False), tuple(_notes(a, b, pairs))
     )
+
+
+def check(report: BenchReport, name: str, here: MachineFacts) -> None:
+    """Raises UsageError if nothing that is measured ``here`` could be compared with ``report``."""
+    _refuse([*_other_machine(report.machine, here), *_disturbances(report, name)])
 
 
 def gate(comparison: Comparison, limit: float) -> list[str]:
@@ -208,19 +214,26 @@ def _welch(a: Sequence[float], b: Sequence[float], confidence: float, *, apart: 
     return Interval(value, value - half, value + half)
 
 
-def _differences(a: BenchReport, b: BenchReport, names: tuple[str, str]) -> Iterator[str]:
-    """Why two reports cannot be compared."""
+def _other_machine(a: MachineFacts, b: MachineFacts) -> Iterator[str]:
     for field in ("cpu", "architecture", "cores", "usable_cores", "board"):
-        one, other = getattr(a.machine, field), getattr(b.machine, field)
+        one, other = getattr(a, field), getattr(b, field)
         if one != other:
             yield f"other machine ({field.replace('_', ' ')}: {one} and {other})"
-    if a.before.governor != b.before.governor:
-        yield f"other governor ({a.before.governor} and {b.before.governor})"
-    for report, name in zip((a, b), names, strict=True):
-        if report.throttled:
-            yield f"the processor was throttled during {name}"
-        if report.busy:
-            yield f"the machine was busy during {name} ({report.busy})"
+
+
+def _disturbances(report: BenchReport, name: str) -> Iterator[str]:
+    if report.throttled:
+        yield f"the processor was throttled during {name}"
+    if report.busy:
+        yield f"the machine was busy during {name} ({report.busy})"
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise UsageError(
+            "not comparable: " + "; ".join(reasons),
+            hint="measure both again, or both at once: edgekit bench --compare MODEL MODEL",
+        )
 
 
 def _matched(a: BenchReport, b: BenchReport) -> list[tuple[str, str]]:

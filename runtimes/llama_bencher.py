@@ -61,7 +61,6 @@ class LlamaBencher:
         """Seconds to read a prompt of ``n_tokens`` random tokens into an empty cache."""
         self._fits(n_tokens)
         self._engine.forget(0)
-        self._depth = self._position = n_tokens
         pieces = list(self._pieces(n_tokens))
         started = time.perf_counter()
         for position, tokens in pieces:

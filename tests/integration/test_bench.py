@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import reports
+import tiny
 
 import edgekit
 from edgekit import report
@@ -79,6 +80,17 @@ def test_the_steps_of_a_decode_make_up_its_time(smollm2_gguf: Path) -> None:
         assert bencher.prefill(32) > 0
         with pytest.raises(UsageError, match="need n_ctx"):
             bencher.decode(64, 8)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_loops_run_every_family(name: str, tiny_gguf: Callable[[str], Path]) -> None:
+    """A second decode at the same depth goes back there, whatever the family's cache is like."""
+    with RUNTIMES.load("llamacpp")().bencher(
+        tiny_gguf(name), n_ctx=64, threads=1, n_seqs=2, n_batch=8
+    ) as bencher:
+        assert bencher.prefill(12) > 0
+        for depth in (12, 12, 0):
+            assert len(bencher.decode(4, depth)) == 4
 
 
 def test_a_file_leaves_the_page_cache_or_the_reason_is_said(tmp_path: Path) -> None:
@@ -169,6 +181,17 @@ def test_a_slower_report_fails_the_gate_with_exit_code_6(
     assert done.code == 6
     assert "slower" in done.stdout and "allowed are 5.0%" in done.stderr
     assert cli("bench", "--compare", "b.json", "a.json", "--fail-if-slower", "5%").code == 0
+
+
+def test_a_report_of_another_machine_is_refused_before_anything_is_measured(
+    smollm2_gguf: Path, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    with (tmp_path / "pi.json").open("wb") as out:
+        out.write(reports.made().to_json())
+    done = cli("bench", "--compare", "pi.json", smollm2_gguf)
+    assert done.code == 2
+    assert "error: not comparable: other machine (cpu: Cortex-A76 and" in done.stderr
+    assert "measure" not in done.stderr.partition("hint")[0]
 
 
 _BAD = {
