@@ -31,7 +31,7 @@
 #define BYTES ((size_t)1 << 30)
 #define MOST_THREADS 64
 #define STREAMS 6
-#define ROUNDS 10
+#define ROUNDS 100
 #define PIECE ((size_t)8 << 20)
 
 typedef float floats __attribute__((vector_size(WIDTH)));
