@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,9 @@ def _completion(claim: Claim, progress: Progress) -> Completion:
     if not found["finite"]:
         raise ParityError("the exported file computes logits that are no numbers", hint=_HINT)
     progress("first load", 1, 1)
-    return Completion(PROMPT, found["text"], found["tokens"])
+    # On one line, and without what a terminal would obey.
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(found["text"].split()))
+    return Completion(PROMPT, text, found["tokens"])
 
 
 def _ask(function: str, files: list[Path], **arguments: Any) -> Any:
@@ -315,7 +316,6 @@ def _check_sound(header: gguf.GgufHeader, quality: Quality) -> None:
 
 def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
     """The race against the reference, and why the engine is not on its fast path."""
-    busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
     files = [claim.product, claim.reference]
     found = _ask(
         "race",
@@ -342,7 +342,7 @@ def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
         cpu=cpu.model or cpu.architecture,
         backend=engine.backend,
         fast_path=not warnings,
-        busy=busy,
+        busy=found["busy"],
     )
     return speed, warnings
 

@@ -5,13 +5,11 @@ Knows figures, their JSON form and how they compare; never measures one, and kno
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgekit import typed_json
 from edgekit.errors import GateError, ManifestError, UsageError
 from edgekit.intervals import Interval
 
@@ -148,17 +146,16 @@ class Receipt:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without what is empty; figures are rounded to 6 digits."""
-        body: dict[str, Any] = _encode(self)
-        return {key: value for key, value in body.items() if value not in (None, {}, [])}
+        body = _rounded(typed_json.write(self))
+        return {name: value for name, value in body.items() if value not in (None, {}, [])}
 
     @classmethod
-    def from_dict(cls, body: Any) -> Receipt:
+    def from_dict(cls, body: dict[str, Any]) -> Receipt:
         """A receipt out of a manifest, which anybody can write. Raises ManifestError."""
         try:
-            found: Receipt = _decode(cls, body, "receipt")
-        except (TypeError, RecursionError) as error:
+            return typed_json.read(cls, typed_json.write(cls()) | body, "receipt")
+        except typed_json.Mismatch as error:
             raise ManifestError(f"the manifest's {error}") from None
-        return found
 
 
 @dataclass(frozen=True)
@@ -204,13 +201,13 @@ class Gates:
         for name, limit in self.limits().items():
             what, figure, shown = figures[name]
             if figure is None:
-                missed.append(f"{what} was not measured ({_option(name)} {limit:g})")
+                missed.append(f"{what} was not measured ({as_option(name, limit)})")
             elif figure > limit if name.startswith("max_") else figure < limit:
                 side = "above" if name.startswith("max_") else "below"
                 gap, share = abs(figure - limit), abs(figure - limit) / limit
                 missed.append(
                     f"{what} {shown} is {_amount(name, gap)} ({share:.1%}) {side}"
-                    f" {_option(name)} {_amount(name, limit)}"
+                    f" {as_option(name, limit)}"
                 )
         if missed:
             raise GateError(
@@ -255,8 +252,9 @@ def bounded(interval: Interval, *, percent: bool = False) -> str:
     return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
 
-def _option(name: str) -> str:
-    return "--" + name.removesuffix("_bytes").replace("_", "-")
+def as_option(name: str, limit: float) -> str:
+    """A gate as the command line has it: ``--max-size 120 MB``."""
+    return f"--{name.removesuffix('_bytes').replace('_', '-')} {_amount(name, limit)}"
 
 
 def _amount(name: str, value: float) -> str:
@@ -290,55 +288,7 @@ def _value(figure: float | Interval) -> float:
     return figure.value if isinstance(figure, Interval) else figure
 
 
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {name: _encode(each) for name, each in vars(value).items()}
+def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _encode(each) for name, each in value.items()}
-    if isinstance(value, tuple):
-        return [_encode(each) for each in value]
-    if isinstance(value, float):
-        # JSON has no infinity: an interval without an end has None there.
-        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-    return value
-
-
-def _decode(kind: Any, body: Any, where: str) -> Any:
-    """The value of type ``kind`` that JSON data stands for; TypeError says what is wrong where."""
-    if isinstance(kind, types.UnionType):
-        if body is None:
-            return None
-        return _decode(next(k for k in kind.__args__ if k is not type(None)), body, where)
-    if kind is Interval:
-        ends = _mapping(body, where)
-        low, high = (math.inf if ends.get(end) is None else ends[end] for end in ("low", "high"))
-        low = -math.inf if ends.get("low") is None else low
-        return Interval(*(_decode(float, x, where) for x in (ends.get("value"), low, high)))
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        found, hints = _mapping(body, where), typing.get_type_hints(kind)
-        values = {}
-        for each in dataclasses.fields(kind):
-            if each.name in found:
-                at = f"{where}: {each.name}"
-                values[each.name] = _decode(hints[each.name], found[each.name], at)
-            elif each.default is each.default_factory is dataclasses.MISSING:
-                raise TypeError(f"{where} lacks '{each.name}'")
-        return kind(**values)
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        if not isinstance(body, list):
-            raise TypeError(f"{where} must be a list")
-        return tuple(_decode(typing.get_args(kind)[0], each, where) for each in body)
-    if origin is dict:
-        values = typing.get_args(kind)[1]
-        return {key: _decode(values, each, where) for key, each in _mapping(body, where).items()}
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(body, allowed) or (isinstance(body, bool) and kind is not bool):
-        raise TypeError(f"{where} must be a {kind.__name__}, not {str(body)[:40]!r}")
-    return float(body) if kind is float else body
-
-
-def _mapping(body: Any, where: str) -> dict[str, Any]:
-    if not isinstance(body, dict):
-        raise TypeError(f"{where} must be a mapping")
-    return body
+        return {name: _rounded(each) for name, each in value.items()}
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value

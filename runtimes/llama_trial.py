@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import _proc, llama_library
+from edgekit import _proc, llama_library, machine, telemetry
 from edgekit.errors import InferenceError, LoadError
 from edgekit.formats import gguf
+from edgekit.report import BUSY_SHARE, BUSY_STEAL
 from edgekit.runtime import LoadParams
 from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine
@@ -97,7 +98,7 @@ def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: flo
 
     Each round times every file; who goes first changes. Ends after ``rounds`` rounds, or when
     ``budget_s`` is over and MIN_ROUNDS are done. Answers {"prefill": [[s, ...], ...], "decode":
-    ..., "threads": n}, a list for each path.
+    ..., "threads": n, "busy": whether others kept the machine working}, a list for each path.
     """
     n_prompt = min(n_prompt, min(map(_n_ctx, paths)) - n_gen)
     threads = first_guess()[0]
@@ -107,6 +108,7 @@ def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: flo
     for bench in benches:  # the first run touches memory for the first time
         bench.prefill(n_prompt)
         bench.decode(2)
+    counters, own_s = telemetry.counters(machine.root()), time.process_time()
     started = time.perf_counter()
     for turn in range(rounds):
         if turn >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
@@ -115,7 +117,10 @@ def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: flo
             prefill[side].append(benches[side].prefill(n_prompt) / n_prompt)
             decode[side].append(sum(benches[side].decode(n_gen)) / n_gen)
         _proc.report([turn + 1, rounds])
-    return {"prefill": prefill, "decode": decode, "threads": threads}
+    own_s = time.process_time() - own_s
+    strain = telemetry.strain(counters, telemetry.counters(machine.root()), own_s)
+    busy = (strain.others_share or 0) > BUSY_SHARE or (strain.steal_share or 0) > BUSY_STEAL
+    return {"prefill": prefill, "decode": decode, "threads": threads, "busy": busy}
 
 
 def _n_ctx(path: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgekit.cli import show
-from edgekit.receipt import Quality, Receipt, Speed, bounded
+from edgekit.receipt import Quality, Receipt, Speed, as_option, bounded
 
 Row = tuple[str, str]
 
@@ -32,7 +32,7 @@ def warn(receipt: Receipt) -> None:
 def _rows(receipt: Receipt) -> Iterator[Row]:
     yield "receipt", _status(receipt)
     if said := receipt.completion:
-        yield "generates", repr(said.text)
+        yield "generates", f"... {said.text} ..."
     if tokens := receipt.tokens:
         yield "token ids", f"equal on {tokens.texts} texts (judge: {tokens.judge})"
         chats = f"renders the same on {tokens.chats} chats" if tokens.chats else "none"
@@ -42,10 +42,7 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
     if receipt.speed and receipt.reference:
         yield from _speed(receipt.speed, receipt.reference.type)
     if receipt.gates:
-        limits = ", ".join(
-            f"--{name.removesuffix('_bytes').replace('_', '-')} {limit:g}"
-            for name, limit in receipt.gates.items()
-        )
+        limits = ", ".join(as_option(name, limit) for name, limit in receipt.gates.items())
         yield "gates passed", limits
 
 
