@@ -113,14 +113,15 @@ def limits(
     machine_key = _machine_key()
     plain = memory.complete(
         machine_key,
-        [str(count) for count in counts],
+        {str(count): 2 for count in counts},
         lambda: _child("_measure", {"threads": counts}, "measure the machine", progress),
     )
     engine: dict[str, Any] = {}
     if names:
         engine = memory.complete(
             f"{machine_key}; llama-cpp-python {llama_library.version()}",
-            [_kernel_key(name, count) for name in names for count in counts],
+            {_operator_key(count): 1 for count in counts}
+            | {_kernel_key(name, count): 2 for name in names for count in counts},
             lambda: _child(
                 "_measure_engine",
                 {"threads": counts, "types": names},
@@ -137,7 +138,7 @@ def limits(
             for count in counts
         ),
         operators=tuple(
-            OperatorLimit(count, engine[_operator_key(count)]) for count in counts if names
+            OperatorLimit(count, *engine[_operator_key(count)]) for count in counts if names
         ),
         busy=memory.busy,
     )
@@ -182,11 +183,14 @@ class _Memory:
         self.busy = False
 
     def complete(
-        self, key: str, names: list[str], measure: Callable[[], dict[str, Any]]
+        self, key: str, names: dict[str, int], measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """The figures kept under ``key``, measured first if one of ``names`` is missing."""
-        kept = {} if self._fresh else self._read().get(key, {})
-        if isinstance(kept, dict) and all(name in kept for name in names):
+        """The figures kept under ``key``, measured first if they lack one of ``names``.
+
+        ``names`` says how many figures each name has.
+        """
+        kept = {} if self._fresh else self._read().get(key)
+        if isinstance(kept, dict) and all(_figures(kept.get(n), names[n]) for n in names):
             return kept
         answer = measure()
         if answer["busy"]:
@@ -206,6 +210,15 @@ class _Memory:
         except (OSError, ValueError):
             return {}
         return body if isinstance(body, dict) else {}
+
+
+def _figures(value: Any, count: int) -> bool:
+    """Whether ``value`` is a list of so many positive numbers: the file may have been spoilt."""
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(type(figure) in (int, float) and figure > 0 for figure in value)
+    )
 
 
 def _machine_key() -> str:
@@ -295,7 +308,7 @@ def _measure_engine(threads: list[int], types: list[str]) -> dict[str, Any]:
     neighbours = _Neighbours()
     found: dict[str, Any] = {}
     for done, count in enumerate(threads):
-        found[_operator_key(count)] = llama_ceiling.operator_s(count)
+        found[_operator_key(count)] = [llama_ceiling.operator_s(count)]
         for place, name in enumerate(types):
             found[_kernel_key(name, count)] = list(llama_ceiling.product_flops(name, count))
             _proc.report([done * len(types) + place + 1, len(threads) * len(types)])

@@ -91,14 +91,20 @@ def test_limits_of_a_busy_machine_are_used_but_not_remembered(
     assert child.calls == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"another machine": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"KEY": 3}', '{"KEY": {"1": [1]}}', '{"KEY": {"1": [-5.0, "fast"]}}'],
+)
 def test_a_spoilt_memory_counts_as_none(
     text: str, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     monkeypatch.setattr(probe, "_child", Measured(busy=False))
-    (home / "state").mkdir()
-    (home / "state" / "limits.json").write_text(text)
+    memory = home / "state" / "limits.json"
+    probe.limits([1])
+    (key,) = json.loads(memory.read_text())
+    memory.write_text(text.replace("KEY", key))
     assert probe.limits([1]).rows[0].read_bytes_s == 1e9
+    assert json.loads(memory.read_text()) == {key: {"1": [1e9, 2e9]}}
 
 
 def test_the_last_cache_is_that_of_all_its_instances(tmp_path: Path) -> None:
