@@ -180,7 +180,7 @@ class SessionSide:
         """What ``edgekit.load`` takes for decode and for prefill."""
         child = Child(f"a session of {self.facts.name}")  # its memory is no part of the figures
         try:
-            decode, prefill = child.ask("threads", path=str(self._given))
+            decode, prefill = child.ask("threads", given=str(self._given), file=str(self._path))
         finally:
             child.close()
         self._threads = self._threads or decode

@@ -154,15 +154,15 @@ class _Child:
 
     # The process
 
-    def threads(self, path: str) -> list[int]:
+    def threads(self, given: str, file: str) -> list[int]:
         """The counts for decode and for prefill that ``edgekit.load`` takes for this model."""
         from edgekit.formats import gguf
         from edgekit.runtime import LoadParams
         from edgekit.runtimes import threads
 
-        with load(path):
+        with load(given):
             pass  # the first load of this kind of model measures them
-        header = gguf.read(Path(path))
+        header = gguf.read(Path(file))
         # A busy machine's figures are not remembered.
         return list(threads.known(header, LoadParams()) or threads.first_guess())
 

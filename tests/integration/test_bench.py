@@ -68,6 +68,22 @@ def test_the_session_s_figures_stand_beside_the_engine_s(measured: report.BenchR
     assert session.decode_tokens == 8 and len(session.decode_tok_s) == 2
 
 
+def test_an_artifact_is_measured_with_the_threads_of_a_load_unless_told(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    artifact = edgekit.export(
+        tiny_model("tinyllama"), type="F16", out=tmp_path / "art", receipt=False
+    )
+    found = edgekit.bench(artifact, probe=False, prompts=(8,), answers=(8,), repetitions=1)
+    assert [model.name for model in found.models] == ["art"]
+    assert found.models[0].type == "F16" and found.models[0].sha256 in {
+        file.sha256 for file in artifact.manifest.files
+    }
+    decode = next(row for row in found.rows if row.n_gen)
+    assert decode.n_threads == found.sessions[0].n_threads
+    assert 1 <= decode.n_threads <= found.machine.usable_cores
+
+
 def test_the_steps_of_a_decode_make_up_its_time(smollm2_gguf: Path) -> None:
     runtime = RUNTIMES.load("llamacpp")()
     with runtime.bencher(smollm2_gguf, n_ctx=128, threads=1, n_seqs=2) as bencher:
