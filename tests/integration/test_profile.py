@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgekit import profile
 from edgekit.errors import CorruptArtifactError, UsageError
+from edgekit.formats import gguf
 from edgekit.profile import OUTSIDE, Operator, Phase, Profile
 
 
@@ -101,3 +103,13 @@ def test_what_cannot_be_profiled_is_refused(smollm2_gguf: Path, tmp_path: Path) 
     broken.write_bytes(b"no model at all")
     with pytest.raises(CorruptArtifactError):
         profile.profile(broken, threads=1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi", "gemma3"])
+def test_every_family_has_its_layers(family: str, tiny_gguf: Callable[[str], Path]) -> None:
+    model = tiny_gguf(family)
+    n_layers = gguf.read(model).metadata[f"{gguf.read(model).architecture}.block_count"]
+    found = profile.profile(model, n_prompt=8, n_gen=2, threads=1)
+    for phase in (found.prefill, found.decode):
+        assert list(phase.by_layer()) == [*map(str, range(n_layers)), OUTSIDE]
+        assert {each.type for each in phase.operators if each.weight} == {"F32"}
