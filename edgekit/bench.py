@@ -164,6 +164,7 @@ class _Run:
                     f"{model.facts.name} has an adapter: it counts in edgekit.load, not in the"
                     " engine's loops"
                 )
+        self._progress("load", len(self._models), len(self._models))
         return sides
 
     def _sides(self, children: ExitStack) -> list[EngineSide]:
@@ -187,21 +188,23 @@ class _Run:
             side.warm_up()
             self._engine = side.engine
             sides.append(side)
+        self._progress("warm up", len(plans), len(plans))
         return sides
 
     def _take_turns(self, sides: Sequence[EngineSide], sessions: Sequence[SessionSide]) -> None:
         """Rounds in which each child has its turn; every second round goes backwards."""
         everybody: list[EngineSide | SessionSide] = [*sides, *sessions]
-        total = max(1, round(1e3 * sum(side.turn_s for side in everybody)))
+        total_ms = round(1e3 * sum(side.turn_s for side in everybody)) * self._sweep.repetitions
+        total_ms = max(1, total_ms)
         done_ms, root = 0, machine.root()
         for turn in range(self._sweep.repetitions):
             for side in everybody if turn % 2 == 0 else reversed(everybody):
-                self._progress("measure", done_ms, total * self._sweep.repetitions)
+                self._progress("measure", min(done_ms, total_ms - 1), total_ms)
                 side.take_turn()
                 done_ms += round(1e3 * side.turn_s)
                 if clock := telemetry.conditions(root).clock_mhz:
                     self._clocks.append(clock)
-        self._progress("measure", total, total)
+        self._progress("measure", total_ms, total_ms)
 
     def _what_to_mind(self, report: BenchReport) -> Iterable[str]:
         if report.before.load_1m is not None and report.before.load_1m > _BUSY_LOAD:

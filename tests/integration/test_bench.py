@@ -74,7 +74,17 @@ def test_an_artifact_is_measured_with_the_threads_of_a_load_unless_told(
     artifact = edgekit.export(
         tiny_model("tinyllama"), type="F16", out=tmp_path / "art", receipt=False
     )
-    found = edgekit.bench(artifact, probe=False, prompts=(8,), answers=(8,), repetitions=1)
+    stages: dict[str, tuple[int, int]] = {}
+    found = edgekit.bench(
+        artifact,
+        probe=False,
+        progress=lambda stage, done, total: stages.update({stage: (done, total)}),
+        prompts=(8,),
+        answers=(8,),
+        repetitions=1,
+    )
+    assert list(stages) == ["hash art", "load", "warm up", "measure"]
+    assert all(done == total for done, total in stages.values())
     assert [model.name for model in found.models] == ["art"]
     assert found.models[0].type == "F16" and found.models[0].sha256 in {
         file.sha256 for file in artifact.manifest.files
