@@ -60,7 +60,7 @@ def sensitivity(
         raise UsageError("sensitivity needs a model and a number of bits")
     presets = {count: quant.gguf_preset(count) for count in sorted(set(bits), reverse=True)}
     sources = [each if isinstance(each, ModelSource) else source(each) for each in models]
-    used, part = _first_bytes(text, text_bytes), _first_bytes(text, part_bytes)
+    used, part = _first_bytes(text, text_bytes), _first_bytes(text, min(part_bytes, text_bytes))
     kind, calibration_text = imatrix.calibration(calibration, chunks)
     rows = []
     with _scratch() as folder:

@@ -54,13 +54,15 @@ def _bits(report: Report, path: Path) -> None:
                 left.annotate(
                     str(row.bits),
                     (row.bits_per_weight, max(row.kl_per_byte.value, _LEAST)),
-                    xytext=(0, 7 if at % 2 == 0 else -13),
+                    xytext=(7 if at % 2 == 0 else -7, 0),
                     textcoords="offset points",
-                    ha="center",
+                    ha="left" if at % 2 == 0 else "right",
+                    va="center",
                     fontsize=8,
                     color=_colour(at),
                 )
         left.set_yscale("log")
+        left.margins(x=0.09)  # room for the numbers
         left.set_title("Distance from the model's own floats")
         left.set_ylabel("KL divergence (bits per byte of text)")
         right.axhline(1, color="#888888", linewidth=0.8, linestyle="--")
@@ -116,6 +118,9 @@ def _parts(report: Report, path: Path) -> None:
             colour = _colour(report.models.index(model))
             _bars(grid[0][at], model.kinds, model, colour)
             _bars(grid[1][at], model.layers, model, colour, prefix="layer ")
+            # Bars of one thickness, however many layers a model has.
+            grid[0][at].set_ylim(kinds - 0.5, -0.5)
+            grid[1][at].set_ylim(layers - 0.5, -0.5)
             grid[0][at].set_title(model.name)
             grid[1][at].set_xlabel("KL divergence (bits per byte of text)")
             grid[1][at].set_xlim(left=0)
@@ -139,7 +144,6 @@ def _bars(
     )
     names = [f"{prefix}{row.name}  {'/'.join(row.types)}" for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
 
 
@@ -177,8 +181,15 @@ def _inputs(models: Sequence[ModelRows], path: Path) -> None:
                 else:
                     axes.set_xlabel("layer")
             bar = figure.colorbar(image, ax=list(grid[row]), shrink=0.9, label=title)
-            ticks = [tick for tick in bar.get_ticks() if image.norm.vmin <= tick <= image.norm.vmax]
-            bar.set_ticks(ticks, labels=[f"{10**tick:.3g}" for tick in ticks])
+            ticks = _ticks(low, high)
+            bar.set_ticks([math.log10(tick) for tick in ticks], labels=[f"{t:g}" for t in ticks])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two figures for a logarithmic scale: 1, 2, 5, 10, ..."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 300 * low else (1,)
+    return [step * 10.0**n for n in decades for step in steps if low <= step * 10.0**n <= high]
 
 
 def _table(
