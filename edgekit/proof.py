@@ -43,6 +43,7 @@ _EVALUATE_S = 30.0
 _RACE_S = 8.0
 _RACE_PROMPT, _RACE_STEPS, _RACE_ROUNDS = 256, 24, 6
 _SILENCE_S = 1800
+_STAGES = {"load": "load both models", "evaluate": "compare predictions"}
 _HINT = "nothing was kept; --no-receipt exports it all the same"
 
 # Text on which tokenizers differ: what to split, what to keep, what is a control token.
@@ -282,7 +283,7 @@ def _quality(claim: Claim, speed: Speed, progress: Progress) -> Quality:
             text,
             n_ctx=n_ctx,
             chunks=claim.chunks or affordable,
-            progress=lambda _stage, done, total: progress("compare predictions", done, total),
+            progress=lambda stage, done, total: progress(_STAGES[stage], done, total),
         )
     except (InferenceError, UsageError) as error:
         raise ParityError(
@@ -317,6 +318,7 @@ def _check_sound(header: gguf.GgufHeader, quality: Quality) -> None:
 def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
     """The race against the reference, and why the engine is not on its fast path."""
     files = [claim.product, claim.reference]
+    progress("race", 0, _RACE_ROUNDS)
     found = _ask(
         "race",
         files,

@@ -14,10 +14,11 @@ import transformers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgekit.errors import SourceError
-from edgekit.exporter import export
+from edgekit.errors import RecipeError, SourceError
+from edgekit.exporter import export, reprove
 from edgekit.exporters import hf_to_gguf, lora
 from edgekit.llama_library import library
+from edgekit.receipt import Receipt
 from edgekit.source import ModelSource
 from edgekit.source import source as open_source
 
@@ -194,6 +195,32 @@ def test_an_artifact_with_an_adapter_answers_as_peft_does(
     assert kept.exists() == (mode == "keep")
     _assert_same(_logits(artifact.model_path, kept if mode == "keep" else None), trained.changed)
     assert artifact.manifest.recipe.adapter == lora.open_adapter(trained.adapter).sha256
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_a_merged_adapter_is_in_the_float_model_too(trained: Trained, tmp_path: Path) -> None:
+    artifact = export(trained.source, out=tmp_path / "out", type="Q8_0", adapter=trained.adapter)
+    quality = Receipt.from_dict(artifact.receipt).quality
+    assert quality and quality.mean_kl.value < 0.02
+    with pytest.raises(RecipeError, match="made with another adapter"):
+        reprove(artifact)
+    now, differing = reprove(artifact, adapter=trained.adapter)
+    assert now.to_dict()["quality"] == artifact.receipt["quality"] and differing == []
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_a_kept_adapter_is_loaded_and_in_no_other_figure(trained: Trained, tmp_path: Path) -> None:
+    artifact = export(
+        trained.source,
+        out=tmp_path / "out",
+        type="Q8_0",
+        adapter=trained.adapter,
+        adapter_mode="keep",
+    )
+    receipt = Receipt.from_dict(artifact.receipt)
+    assert receipt.quality and receipt.quality.mean_kl.value < 0.02
+    assert any("adapter" in warning for warning in receipt.warnings)
+    assert reprove(artifact)[1] == []
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_written(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit import exporter
+from edgekit import _fs, exporter
 from edgekit.artifact import MANIFEST, Artifact
-from edgekit.errors import GateError, ParityError, RecipeError, UsageError
+from edgekit.errors import GateError, OutOfSpaceError, ParityError, RecipeError, UsageError
 from edgekit.exporters.to_gguf import GgufExporter
 from edgekit.formats import gguf
 from edgekit.receipt import PROVEN, Gates, Receipt
@@ -86,6 +86,19 @@ def test_the_float_model_of_an_f16_file_is_the_file_itself(
     receipt = Receipt.from_dict(artifact.receipt)
     assert receipt.reference and receipt.reference.origin == "the source"
     assert receipt.tokens and receipt.tokens.judge == "the source file in the engine"
+
+
+def test_the_room_for_the_float_model_is_checked_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = exporter.plan(model, options=exporter.ExportOptions(type="Q8_0"))
+    float_model = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert plan.reference_bytes >= float_model // 2
+    room = plan.size_bytes + plan.reference_bytes
+    monkeypatch.setattr(_fs, "free_bytes", lambda path: room - 1)
+    with pytest.raises(OutOfSpaceError):
+        exporter.export(model, out=tmp_path / "out", type="Q8_0")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Broken products

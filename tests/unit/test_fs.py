@@ -42,6 +42,20 @@ def test_a_failure_keeps_the_old_folder_and_leaves_nothing(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_scratch_goes_in_the_end_and_so_does_what_a_killed_run_left(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "work"
+    left = path.with_name("work.partial")
+    left.mkdir(parents=True)
+    (left / "old").write_text("of a killed run")
+    with pytest.raises(RuntimeError), _fs.scratch(path) as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "a").write_text("1")
+        with pytest.raises(UsageError, match="another edgekit"), _fs.scratch(path):
+            pass
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("exchange", [True, False], ids=["renameat2", "two renames"])
 def test_a_commit_replaces_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
