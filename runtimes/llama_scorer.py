@@ -22,6 +22,17 @@ from edgekit.runtimes.llama_engine import Engine, Logits, check_params
 from edgekit.scorer import BLOCK_TOKENS
 
 
+class _Engine(Engine):
+    """An engine whose threads live no longer than a decode.
+
+    Those that stay wait in a spin for the next one: beside a second model, which is decoded in
+    turn with the first, they would keep the cores from it.
+    """
+
+    def set_threads(self, decode: int, prefill: int) -> None:
+        self._llama.llama_set_n_threads(self._context, decode, prefill)
+
+
 class LlamaScorer:
     """A loaded GGUF model. See ``edgekit.scorer.Scorer``."""
 
@@ -46,7 +57,7 @@ class LlamaScorer:
         for file in adapters:
             gguf.read(file)
         counts = thread_counts.known(header, params) or thread_counts.first_guess()
-        self._engine = engine = Engine(path, header, params, threads=counts)
+        self._engine = engine = _Engine(path, header, params, threads=counts)
         self._held: list[int] = []  # the context that log_likelihoods left in the cache
         self.n_vocab = engine.n_vocab
         self.n_ctx = engine.n_ctx
