@@ -185,6 +185,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     template: str | None = None,
+    delimiter: str | None = None,
     shots: int = 0,
     n_ctx: int | None = None,
     threads: int | None = None,
@@ -192,10 +193,11 @@ def evaluate(
 ) -> TaskReport:
     """Score an artifact or a GGUF file on a task file, and ``against`` a reference on the same.
 
-    ``template`` is what the model reads, with ``{text}`` for the line's text; the choice follows,
-    after a blank where neither side has white space. The first ``shots`` lines of the file become
-    solved examples before each question, and are not scored. ``n_ctx`` None: 2048 tokens, or as
-    many as the model was trained for. Each model is scored in a child process of its own.
+    ``template`` is what the model reads, with ``{text}`` for the line's text; the choice follows
+    after the ``delimiter``. None: a blank, where neither side has white space. The first ``shots``
+    lines of the file become solved examples before each question, and are not scored. ``n_ctx``
+    None: 2048 tokens, or as many as the model was trained for. Each model is scored in a child
+    process of its own.
     Raises UsageError for the file and the options, PromptTooLongError, with the line, for a
     question that does not fit n_ctx, and what loading a model raises.
     """
@@ -208,7 +210,7 @@ def evaluate(
     if shots >= len(found.items):
         raise UsageError(f"{found.name} has {len(found.items)} lines: {shots} shots leave none")
     scored = found.items[shots:]
-    requests = prompts(found.items[:shots], scored, template)
+    requests = prompts(found.items[:shots], scored, template, delimiter)
     models = [model_files(given) for given in (model, against) if given is not None]
     rows = [
         _scores(files, requests, n_ctx, threads, progress, stage)
@@ -221,11 +223,11 @@ def evaluate(
 
 
 def prompts(
-    examples: Sequence[Item], scored: Sequence[Item], template: str
+    examples: Sequence[Item], scored: Sequence[Item], template: str, delimiter: str | None = None
 ) -> list[dict[str, Any]]:
     """For each line the context, and the texts whose likelihood behind it is asked for."""
     head = "".join(
-        context + _joint(context, item.choices[item.gold]) + _BETWEEN_SHOTS
+        context + _joint(context, item.choices[item.gold], delimiter) + _BETWEEN_SHOTS
         for item in examples
         for context in [template.replace(SLOT, item.text)]
     )
@@ -236,15 +238,19 @@ def prompts(
         kept = context.rstrip()
         if not kept:
             raise UsageError(f"line {item.line}: nothing stands before the answer")
-        continuations = [context[len(kept) :] + _joint(context, choice) for choice in item.choices]
+        continuations = [
+            context[len(kept) :] + _joint(context, choice, delimiter) for choice in item.choices
+        ]
         requests.append({"line": item.line, "context": kept, "continuations": continuations})
     return requests
 
 
-def _joint(context: str, choice: str) -> str:
-    """``choice`` as it goes on behind ``context``: with a blank if neither side has one."""
-    apart = not context or context[-1].isspace() or choice[0].isspace()
-    return choice if apart else f" {choice}"
+def _joint(context: str, choice: str, delimiter: str | None) -> str:
+    """``choice`` as it goes on behind ``context``."""
+    if delimiter is None:
+        apart = not context or context[-1].isspace() or choice[0].isspace()
+        delimiter = "" if apart else " "
+    return delimiter + choice
 
 
 def encode(scorer: Scorer, request: dict[str, Any]) -> tuple[list[int], list[list[int]]]:

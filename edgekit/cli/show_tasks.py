@@ -14,7 +14,7 @@ from edgekit.intervals import Interval
 from edgekit.tasks import Flips, TaskReport, TaskScores
 
 # The options that only --tasks knows.
-NAMES = ("template", "shots")
+NAMES = ("template", "delimiter", "shots")
 _KINDS = {"choice": "multiple choice", "cloze": "cloze", "label": "labelled texts"}
 _WIDEST = 12  # labels whose confusion fits a terminal
 
@@ -31,6 +31,11 @@ _OPTIONS = (
         metavar="TEXT",
         help="With --tasks: what the model reads, with {text} for the line's text, \\n for a"
         " line break.",
+    ),
+    click.option(
+        "--delimiter",
+        metavar="TEXT",
+        help="With --tasks: between text and answer (default: a blank, where neither has any).",
     ),
     click.option(
         "--shots",
@@ -53,13 +58,14 @@ def run(
     *,
     against: Path | None,
     template: str | None,
+    delimiter: str | None,
     as_json: bool,
     **fields: Any,
 ) -> None:
     """Score and show; ``fields`` as in ``tasks.evaluate``, None for its default."""
+    written = {"template": template, "delimiter": delimiter}
+    fields |= {name: text and text.replace("\\n", "\n") for name, text in written.items()}
     fields = {name: value for name, value in fields.items() if value is not None}
-    if template is not None:
-        fields["template"] = template.replace("\\n", "\n")
     with show.progress(quiet=as_json) as progress:
         found = tasks.evaluate(model, task_file, against=against, progress=progress, **fields)
     if as_json:

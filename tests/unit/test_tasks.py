@@ -154,6 +154,12 @@ def test_a_choice_that_brings_its_own_white_space_gets_no_more() -> None:
     assert request["continuations"] == [" c", "\nd", " e"]
 
 
+def test_a_delimiter_stands_as_it_is_given() -> None:
+    for delimiter, continuation in (("", "c"), (" ", " c"), ("\n", "\nc")):
+        (request,) = tasks.prompts([], [Item(1, "f(", ("c",), 0)], "{text}", delimiter)
+        assert (request["context"], request["continuations"]) == ("f(", [continuation])
+
+
 def test_shots_are_solved_lines_before_each_question() -> None:
     examples = [Item(1, "1+1", ("2", "3"), 0), Item(2, "2+2", ("5", "4"), 1)]
     (request,) = tasks.prompts(examples, [Item(3, "3+3", ("6", "7"), 0)], "Q: {text}\nA:")
