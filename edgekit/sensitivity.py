@@ -53,8 +53,8 @@ def sensitivity(
     interrupted run goes on where it was. On disk there are never more than one float file and one
     quantized one.
 
-    Raises UsageError for fewer than one model or a text that is too short, and what ``source``,
-    ``export`` and ``evaluate.compare`` raise.
+    Raises UsageError for no model, no width, a model named twice or a text that is too short, and
+    what ``source``, ``export`` and ``evaluate.compare`` raise.
     """
     if not models or not bits:
         raise UsageError("sensitivity needs a model and a number of bits")
@@ -93,6 +93,7 @@ def _measure(
         )
         rows.append(_bits_row(count, preset.type, found, bytes_per_token))
     lowest = presets[min(presets)]
+    layers = 0 if lowest.type in quant.FLOAT_TYPES else layers  # floats lose nothing worth a search
     kinds, blocks = subject.parts(lowest, part, layers) if layers else ((), ())
     reference_perplexity = found["reference_perplexity"]
     return ModelRows(
