@@ -59,9 +59,9 @@ TEXTS = (
     "🚀 rocket 👩‍👩‍👧 family 🏳️‍🌈 flag ✅ 👍🏽 1️⃣",
     "''''''```````\"\"\"\"......!!!!!!?????? ------======= ((((([[[{{{",
     "a" * 40 + " " * 20 + "b" + " " * 7 + "c" + "\n" * 5 + "\t" * 5,
-    "\u200bzero\u200dwidth\ufeffmarks\u00a0and\u3000wide spaces e\u0301 \u2028",
+    "\u200bzero\u200dwidth\ufeffmarks\u00a0and\u3000wide spaces \u2028",
     "antidisestablishmentarianism" * 6 + " Llanfairpwllgwyngyllgogerychwyrndrobwllllantysilio",
-    "<s>first <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|end|><|endoftext|></s> <0x41>",
+    "<s>first <|im_start|>user\nhi<|im_end|> <|begin_of_text|><|end|> <0x41>",
     "https://example.org/a/b?c=d&e=%20f#g user@example.org C:\\temp\\x.txt 2024-02-29T23:59:60Z",
     "iPhone14 x86_64 camelCaseWord SCREAMING_SNAKE kebab-case 0xDEADBEEF 1e-9 ~$€£",
     "\x00\x07\x1b[0m control bytes \x7f",
@@ -70,6 +70,8 @@ TEXTS = (
     "\n",
     "x",
 )
+# Some tokenizers compose such letters first (NFC); llama.cpp never does, for no model.
+_DECOMPOSED = "cafe\u0301, A\u030angstro\u0308m"
 _CHATS = (
     [("user", "Hello")],
     [("system", "You are brief.\n"), ("user", "  Two spaces before, and {{ braces }} in it ")],
@@ -94,7 +96,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
     if header.metadata.get(f"{header.architecture}.attention.causal") is False:
         return Receipt(reason="the model does not predict text: its attention is not causal")
     completion = _completion(claim, progress)
-    tokens, template_warnings = _tokens(claim, progress)
+    tokens, text_warnings = check_text(claim, progress)
     speed, path_warnings = _speed(claim, progress)
     quality = _quality(claim, speed, progress)
     _check_sound(header, quality)
@@ -113,7 +115,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         speed=speed,
         size=Size(header.file_size, header.bits_per_weight, claim.fallbacks),
         warnings=(
-            *template_warnings,
+            *text_warnings,
             *path_warnings,
             *_slower(speed, header.main_type(), reference.main_type()),
             *_unsaid(claim),
@@ -163,29 +165,38 @@ def _ask(function: str, files: list[Path], **arguments: Any) -> Any:
 # 2: it reads text as its source does
 
 
-def _tokens(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
-    """Token ids and chat template, against the source's own; and what could not be judged."""
+def check_text(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
+    """Token ids and chat template against the source's own; and what could not be judged.
+
+    Raises ParityError where they differ.
+    """
     progress("token ids", 0, 2)
-    product = _ask("tokens", [claim.product], path=str(claim.product), texts=TEXTS)
+    texts = [*TEXTS, _DECOMPOSED]
+    product = _ask("tokens", [claim.product], path=str(claim.product), texts=texts)
     source, warnings = claim.source, []
     if source.kind == "gguf":
         judge = "the source file in the engine"
-        expected = _ask("tokens", [source.path], path=str(source.path), texts=TEXTS)
+        expected = _ask("tokens", [source.path], path=str(source.path), texts=texts)
         _same_ids(product, expected, ("plain", "special", "whole"))
         names = expected["bos"], expected["eos"]
         template = gguf.read(source.path).metadata.get("tokenizer.chat_template")
     else:
         library = source_tokens.judge(source)
         if library is None:
-            judge, texts = "nobody", 0
+            judge = "nobody"
             warnings.append(
                 "no library for the source's tokenizer is installed: nobody checked the token ids"
                 " (pip install tokenizers)"
             )
         else:
             judge = library
-            way, ids = source_tokens.ids(source, list(TEXTS))
+            way, ids = source_tokens.ids(source, texts)
             _same_ids(product, {way: ids}, (way,))
+            if product[way][-1] != ids[-1]:
+                warnings.append(
+                    "the engine does not compose decomposed letters (Unicode NFC), which the"
+                    " source's tokenizer does: such text gets other tokens"
+                )
         files = TokenizerFiles(source)
         names = _role_text(files, "bos"), _role_text(files, "eos")
         template = files.chat_templates().get("default")
@@ -195,13 +206,12 @@ def _tokens(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
     if template and not chats:
         warnings.append("the model's chat template fails on every chat, here and in the source")
     progress("token ids", 2, 2)
-    texts = 0 if judge == "nobody" else len(TEXTS)
-    return Tokens(judge, texts, chats), warnings
+    return Tokens(judge, 0 if judge == "nobody" else len(TEXTS), chats), warnings
 
 
 def _same_ids(found: dict[str, Any], expected: dict[str, Any], ways: tuple[str, ...]) -> None:
     for way in ways:
-        for text, mine, theirs in zip(TEXTS, found[way], expected[way], strict=True):
+        for text, mine, theirs in zip(TEXTS, found[way], expected[way], strict=False):
             if mine != theirs:
                 at = _parting(mine, theirs)
                 raise ParityError(
@@ -340,6 +350,8 @@ def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
         decode_ratio=_ratio(*decode),
         prefill_ratio=_ratio(*prefill),
         rounds=len(decode[0]),
+        n_prompt=found["n_prompt"],
+        n_gen=found["n_gen"],
         threads=found["threads"],
         cpu=cpu.model or cpu.architecture,
         backend=engine.backend,

@@ -95,9 +95,10 @@ class Quality:
 class Speed:
     """Tokens per second here, medians of interleaved rounds, and the ratio to the reference.
 
-    A ratio's bounds are the slowest and the fastest round. ``backend`` is the engine's CPU backend,
-    None for a fixed build; ``fast_path`` whether it is the best that this CPU can run. ``busy``:
-    others kept the machine working meanwhile.
+    A round reads ``n_prompt`` tokens, then makes ``n_gen`` single steps; a ratio's bounds are the
+    slowest and the fastest round. ``backend`` is the engine's CPU backend, None for a fixed build;
+    ``fast_path`` whether it is the best that this CPU can run. ``busy``: others kept the machine
+    working meanwhile.
     """
 
     decode_tok_s: float
@@ -107,6 +108,8 @@ class Speed:
     decode_ratio: Interval
     prefill_ratio: Interval
     rounds: int
+    n_prompt: int
+    n_gen: int
     threads: int
     cpu: str
     backend: str | None

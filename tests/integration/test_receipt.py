@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
-from edgekit import _fs, exporter
+from edgekit import _fs, exporter, proof
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import GateError, OutOfSpaceError, ParityError, RecipeError, UsageError
 from edgekit.exporters.to_gguf import GgufExporter
 from edgekit.formats import gguf
 from edgekit.receipt import PROVEN, Gates, Receipt
 from edgekit.registry import PROOFS
+from edgekit.source import source
 
 pytest.importorskip("tokenizers")
 
@@ -86,6 +88,30 @@ def test_the_float_model_of_an_f16_file_is_the_file_itself(
     receipt = Receipt.from_dict(artifact.receipt)
     assert receipt.reference and receipt.reference.origin == "the source"
     assert receipt.tokens and receipt.tokens.judge == "the source file in the engine"
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_every_familys_text_is_judged_by_its_own_library(
+    name: str, tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
+) -> None:
+    path = tiny_gguf(name)
+    claim = exporter.Claim(source(tiny_model(name)), path, (), path, 0)
+    tokens, warnings = proof.check_text(claim, exporter.no_progress)
+    assert tokens.judge.startswith("tokenizers ") and tokens.texts == len(proof.TEXTS)
+    # Qwen's tokenizer composes letters before it splits, and llama.cpp cannot.
+    assert [("NFC" in warning) for warning in warnings] == [True] * name.startswith("qwen")
+
+
+def test_sentencepiece_judges_where_there_is_no_tokenizer_json(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(tiny_model("llama2"), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    artifact = exporter.export(folder, out=tmp_path / "out", type="F16", receipt=False)
+    claim = exporter.Claim(source(folder), artifact.model_path, (), artifact.model_path, 0)
+    tokens, _ = proof.check_text(claim, exporter.no_progress)
+    assert tokens.judge.startswith("sentencepiece ")
 
 
 def test_the_room_for_the_float_model_is_checked_before_the_work(
