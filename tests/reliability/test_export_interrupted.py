@@ -100,23 +100,39 @@ def test_kill_9_at_50_points_of_an_export_from_a_folder(folder: Path, tmp_path: 
     kill_at_random_points(folder, 50, (str(model), "--bits", "4", "--chunks", "4", "--no-receipt"))
 
 
+@pytest.mark.slow
+def test_kill_9_during_the_proof_leaves_no_half_artifact(folder: Path, tmp_path: Path) -> None:
+    model = tiny.make("llama2", tmp_path / "model")
+    kill_at_random_points(folder, 4, (str(model), "--type", "Q8_0"))
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "code", "stage"),
+    [
+        (signal.SIGINT, 130, b"importance matrix"),
+        (signal.SIGTERM, 143, b"importance matrix"),
+        (signal.SIGINT, 130, b"float reference"),
+        (signal.SIGINT, 130, b"race"),
+        (signal.SIGTERM, 143, b"compare predictions"),
+    ],
+    ids=lambda value: value.decode() if isinstance(value, bytes) else str(value),
 )
 def test_a_stopped_export_leaves_nothing_within_5_s(
-    tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, code: int, stage: bytes
 ) -> None:
+    options = [] if stage == b"importance matrix" else ["--calibration", "none"]
     process = subprocess.Popen(
-        [*EDGEKIT, "export", "smollm2-135m", "--out", str(tmp_path / "artifact")],
+        [*EDGEKIT, "export", "smollm2-135m", *options, "--out", str(tmp_path / "artifact")],
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith(b"importance matrix"):
+        if line.startswith(stage):
             break
-    engine = children_of(process.pid)
-    assert engine, "the engine works in a child process"
+    deadline_s = time.monotonic() + 10
+    while not (engine := children_of(process.pid)):
+        assert time.monotonic() < deadline_s, "the engine works in a child process"
     stopped_s = time.monotonic()
     process.send_signal(number)
     process.communicate(timeout=60)
