@@ -58,6 +58,9 @@ def _tokenizers(path: str, texts: list[str]) -> tuple[str, list[list[int]]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
+    # Habits of training that a file may have kept.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     body: Any = json_file.read(Path(path), json_file.MAX_BYTES)
     # Without a post-processor it is another file that says what stands around a text.
     whole = bool(body.get("post_processor"))

@@ -102,6 +102,25 @@ def test_every_familys_text_is_judged_by_its_own_library(
     assert [("NFC" in warning) for warning in warnings] == [True] * name.startswith("qwen")
 
 
+def test_a_tokenizer_that_still_cuts_and_pads_is_judged_all_the_same(
+    tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model("llama2"), tmp_path / "model")
+    body = json.loads((folder / "tokenizer.json").read_text())
+    body["truncation"] = {
+        "direction": "Right",
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    path = tiny_gguf("llama2")
+    tokens, _ = proof.check_text(
+        exporter.Claim(source(folder), path, (), path, 0), exporter.no_progress
+    )
+    assert tokens.texts == len(proof.TEXTS)
+
+
 def test_sentencepiece_judges_where_there_is_no_tokenizer_json(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
