@@ -59,7 +59,11 @@ def sensitivity(
     if not models or not bits:
         raise UsageError("sensitivity needs a model and a number of bits")
     presets = {count: quant.gguf_preset(count) for count in sorted(set(bits), reverse=True)}
-    sources = [each if isinstance(each, ModelSource) else source(each) for each in models]
+    download = partial(progress, "download")
+    sources = [
+        each if isinstance(each, ModelSource) else source(each, on_progress=download)
+        for each in models
+    ]
     used, part = _first_bytes(text, text_bytes), _first_bytes(text, min(part_bytes, text_bytes))
     kind, calibration_text = imatrix.calibration(calibration, chunks)
     rows = []

@@ -156,6 +156,8 @@ def _print(report: Report, trained: Trained) -> None:
     )
     for model in report.models:
         parts = sorted((*model.kinds, *model.layers), key=lambda row: -row.mean_kl.value)
+        if not parts:
+            continue
         measure.table(
             f"{model.name}: alone at {report.part_bits} bits, all else in floats",
             ["part", "type", "of the weights", "KL, nats/token"],
