@@ -39,7 +39,7 @@ _N_CTX = 512
 _CHUNKS = 8
 _LEAST_CHUNKS = 4
 # Reading the held-out text with both models may take so long, and the race so long.
-_EVALUATE_S = 30.0
+_EVALUATE_S = 24.0
 _RACE_S = 8.0
 _RACE_PROMPT, _RACE_STEPS, _RACE_ROUNDS = 256, 24, 6
 _SILENCE_S = 1800
