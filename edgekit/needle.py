@@ -30,7 +30,7 @@ DEFAULT_DEPTHS = (0, 25, 50, 75, 100)
 DEFAULT_TRIALS = 3
 _SHORTEST = 512
 _ANSWER_TOKENS = 32
-_SLACK_TOKENS = 16  # tokens of a whole text are not quite the sum of its sentences' tokens
+_SLACK_TOKENS = 8  # where the haystack meets the question, tokens may fall otherwise
 _MIN_PARAGRAPH = 300  # characters: shorter ones of the calibration text are titles and code
 _MAX_CELLS = 10_000
 
@@ -343,9 +343,11 @@ class _Asker:
 
     def _cost(self, sentence: str) -> int:
         """The tokens of a sentence behind another one: most tokenizers join a blank with a word."""
-        words = sentence.rstrip()
-        behind = len(self._session.tokenize(f". {words}")) - len(self._session.tokenize("."))
-        return max(1, behind) + sentence.endswith("\n")
+        words = sentence.rstrip(" ")
+        return max(1, self._tokens(f". {words}") - self._tokens("."))
+
+    def _tokens(self, text: str) -> int:
+        return len(self._session.tokenize(text))
 
     def finds(self, length: int, depth: int, trial: int) -> bool:
         """Whether the answer about one hidden code holds that code."""
@@ -353,15 +355,19 @@ class _Asker:
         draw = random.Random(f"{plan.seed} {length} {depth} {trial}")
         place, code = draw.choice(_PLACES), str(draw.randrange(100_000, 1_000_000))
         needle = _FACT.format(place=place, code=code)
-        taken = self._overhead + self._cost(needle) + _ANSWER_TOKENS
-        room = length - taken - _SLACK_TOKENS
-        if room < self._costs[0]:
-            raise UsageError(
-                f"{length} tokens have no room for the haystack's first sentence: the question and"
-                f" its answer take {taken + _SLACK_TOKENS} of them"
-            )
-        text = haystack(plan.sentences, self._costs, room, depth, needle)
-        return holds(self._answer(text, needle, place, _ANSWER_TOKENS), code)
+        most = length - self._overhead - _ANSWER_TOKENS - _SLACK_TOKENS
+        room = most - self._cost(needle)
+        while room >= self._costs[0]:
+            text = haystack(plan.sentences, self._costs, room, depth, needle)
+            # A text has not quite as many tokens as its sentences, and may not have one too many.
+            excess = self._tokens(text) - most
+            if excess <= 0:
+                return holds(self._answer(text, needle, place, _ANSWER_TOKENS), code)
+            room -= excess
+        raise UsageError(
+            f"{length} tokens have no room for the haystack's first sentence: the question and"
+            f" its answer take {length - most + self._cost(needle)} of them"
+        )
 
     def _answer(self, text: str, needle: str, place: str, tokens: int) -> str:
         form = _CHAT if self.chat else _PLAIN

@@ -192,4 +192,4 @@ def test_a_length_without_room_for_a_sentence_is_refused(
 ) -> None:
     monkeypatch.setattr(needle, "load", lambda *_, **__: HalfReader())
     with pytest.raises(UsageError, match="no room for the haystack's first sentence"):
-        needle.evaluate(smollm2_gguf, lengths=[100])
+        needle.evaluate(smollm2_gguf, lengths=[80])
