@@ -201,6 +201,7 @@ def _render_plan(found: ExportPlan, as_json: bool) -> None:
                 "recipe": found.recipe.to_dict(),
                 "size_bytes": found.size_bytes,
                 "scratch_bytes": found.scratch_bytes,
+                "reference_bytes": found.reference_bytes,
                 "bits_per_weight": found.bits_per_weight,
                 "warnings": list(found.warnings),
                 "tensors": [vars(tensor) for tensor in found.tensors],
