@@ -54,10 +54,11 @@ def _bits(report: Report, path: Path) -> None:
                 left.annotate(
                     str(row.bits),
                     (row.bits_per_weight, max(row.kl_per_byte.value, _LEAST)),
-                    xytext=(7 if at % 2 == 0 else -7, 0),
+                    # Above on the right, or below on the left: a falling line is at neither.
+                    xytext=(5, 4) if at % 2 == 0 else (-5, -4),
                     textcoords="offset points",
                     ha="left" if at % 2 == 0 else "right",
-                    va="center",
+                    va="bottom" if at % 2 == 0 else "top",
                     fontsize=8,
                     color=_colour(at),
                 )

@@ -15,6 +15,8 @@ from edgekit.intervals import Interval
 
 # Stored sizes further apart than this are said: the same name is then not the same precision.
 _UNLIKE_SIZES = 1.1
+# So are models further apart than this in the bits that they need for a byte of the text.
+_UNLIKE_STRENGTHS = 1.25
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What a reader must know before believing the figures."""
-        return [*_grids(self.models), *_sizes(self.models)]
+        return [*_grids(self.models), *_sizes(self.models), *_strengths(self.models)]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an open end is None."""
@@ -215,7 +217,7 @@ def _bits(widths: Sequence[int]) -> str:
 
 
 def _range(ratios: Sequence[float]) -> str:
-    low, high = f"{min(ratios):.2g}", f"{max(ratios):.2g}"
+    low, high = (f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in (min(ratios), max(ratios)))
     return f"{low} times" if low == high else f"{low} to {high} times"
 
 
@@ -243,6 +245,17 @@ def _sizes(models: Sequence[ModelRows]) -> Iterator[str]:
                 f" {_bits([row.bits for row, _ in unlike])}: {mine.bits_per_weight:.1f} and"
                 f" {theirs.bits_per_weight:.1f} bits per weight at the last; read the plot, which"
                 " has stored bits on its axis"
+            )
+
+
+def _strengths(models: Sequence[ModelRows]) -> Iterator[str]:
+    for pair in itertools.combinations(models, 2):
+        strong, weak = sorted(pair, key=lambda model: model.reference_bits_per_byte)
+        if weak.reference_bits_per_byte > _UNLIKE_STRENGTHS * strong.reference_bits_per_byte:
+            yield (
+                f"the floats of {strong.name} need {strong.reference_bits_per_byte:.2f} bits for a"
+                f" byte of this text, those of {weak.name} {weak.reference_bits_per_byte:.2f}: a"
+                " model that predicts less has less to lose"
             )
 
 

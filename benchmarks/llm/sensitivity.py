@@ -147,7 +147,7 @@ def _print(report: Report, trained: Trained) -> None:
                 f"{row.bits_per_weight:.2f}",
                 _interval(row.mean_kl),
                 _interval(row.kl_per_byte),
-                _interval(row.perplexity_ratio),
+                f"{row.perplexity_ratio.value:.4f}",
                 f"{row.top1.value:.1%}",
             ]
             for model in report.models
@@ -176,7 +176,7 @@ def _print(report: Report, trained: Trained) -> None:
 
 
 def _interval(found: Any) -> str:
-    return f"{found.value:.4f} ({found.low:.4f}..{found.high:.4f})"
+    return f"{found.value:.3g} ({found.low:.3g}..{found.high:.3g})"
 
 
 def _arguments() -> argparse.Namespace:

@@ -118,9 +118,9 @@ def _widths(found: Report) -> None:
             str(row.bits),
             row.type,
             f"{row.bits_per_weight:.2f}",
-            _figure(row.mean_kl, 4),
-            _figure(row.kl_per_byte, 4),
-            _figure(row.perplexity_ratio, 3),
+            _figure(row.mean_kl),
+            _figure(row.kl_per_byte),
+            f"{row.perplexity_ratio.value:.3f} ± {_half(row.perplexity_ratio):.3f}",
             f"{row.top1.value:.1%}",
         )
         for model in found.models
@@ -141,10 +141,13 @@ def _widths(found: Report) -> None:
         )
 
 
-def _figure(interval: Interval, digits: int) -> str:
-    """A value and half the width of its interval, which may be a little lopsided."""
-    half = (interval.high - interval.low) / 2
-    return f"{interval.value:.{digits}f} ± {half:.{digits}f}"
+def _half(interval: Interval) -> float:
+    """Half the width of an interval, which may be a little lopsided."""
+    return (interval.high - interval.low) / 2
+
+
+def _figure(interval: Interval) -> str:
+    return f"{interval.value:.3g} ± {_half(interval):.2g}"
 
 
 def _parts(model: ModelRows, bits: int) -> None:
@@ -165,7 +168,7 @@ def _part_rows(rows: Sequence[PartRow], prefix: str) -> list[tuple[str, ...]]:
             f"{prefix}{row.name}",
             "/".join(row.types),
             f"{row.share_of_weights:.1%}",
-            _figure(row.mean_kl, 4),
+            _figure(row.mean_kl),
         )
         for row in sorted(rows, key=lambda row: -row.mean_kl.value)
     ]

@@ -115,6 +115,21 @@ def test_a_quantized_source_and_unlike_sizes_are_said() -> None:
     assert "not stored alike at 2 bits: 5.0 and 3.2 bits per weight" in sizes
 
 
+def test_models_of_unlike_strength_are_said() -> None:
+    strong = _model("strong", _row(4, 0.1, per_token=6.0))
+    weak = _model("weak", _row(4, 0.01, per_token=3.0))
+    (note,) = _report(weak, strong).notes
+    assert "floats of strong need 0.72 bits" in note and "those of weak 1.44" in note
+    assert _report(strong, strong).notes == []
+
+
+def test_large_ratios_are_whole_numbers() -> None:
+    one = _model("A", _row(4, 2.0), _row(2, 2.9))
+    other = _model("B", _row(4, 0.01), _row(2, 0.04))
+    (answer,) = answers([one, other])
+    assert "(72 to 200 times" in answer.sentence
+
+
 def test_the_report_is_json_even_with_open_intervals() -> None:
     row = _row(4, 0.1)
     open_row = BitsRow(**{**vars(row), "mean_kl": Interval(0.1, -math.inf, math.inf)})
