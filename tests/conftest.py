@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 def pytest_configure() -> None:
-    """One core per worker of pytest-xdist.
+    """One core per worker of pytest-xdist, and a Ctrl-C that arrives.
 
     The engine's threads wait for each other in a spin: two workers with a thread for each core
-    would take turns at burning both cores, and run ten times slower.
+    would take turns at burning both cores, and run ten times slower. And what a shell starts in
+    the background ignores SIGINT, and so would every command that a test starts and stops.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     cores = sorted(os.sched_getaffinity(0))
     if worker:
