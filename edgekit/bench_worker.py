@@ -203,7 +203,7 @@ def drop_from_page_cache(path: Path) -> str | None:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         places = [size * i // _PROBED for i in range(_PROBED)]
-        cached = sum(_is_cached(descriptor, place) for place in places)
+        cached = sum(is_cached(descriptor, place) for place in places)
     except (OSError, AttributeError) as error:
         return f"the page cache cannot be emptied or looked into here ({error})"
     finally:
@@ -213,7 +213,8 @@ def drop_from_page_cache(path: Path) -> str | None:
     return None
 
 
-def _is_cached(descriptor: int, offset: int) -> bool:
+def is_cached(descriptor: int, offset: int) -> bool:
+    """Whether the byte at ``offset`` of an open file can be read without waiting for the disk."""
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
     except BlockingIOError:

@@ -270,14 +270,16 @@ def _speed_rows(
 
 def main() -> None:
     """Print the three tables."""
-    arguments = measure.parser(__doc__, reps=7).parse_args()
+    parser = measure.parser(__doc__, reps=7)
+    parser.add_argument("--types", default=",".join(peers.TYPES), metavar="A,B")
+    arguments = parser.parse_args()
     figures: dict[str, Any] = {"machine": measure.describe_machine()}
     scratch = measure.scratch(arguments)
     tools = peers.find_tools(arguments.tools)
     quick = arguments.quick
     work = Work(prompt=32, answer=8, samples=1) if quick else Work()
     reps, threads = (1 if quick else arguments.reps), arguments.threads
-    kinds = ("Q4_0",) if quick else peers.TYPES
+    kinds = ["Q4_0"] if quick else arguments.types.split(",")
     models = {kind: peers.quantized(tools, scratch, kind) for kind in kinds}
     ours = Edgekit(work, next(iter(models.values())))
     theirs = LlamaBench(work, tools)

@@ -12,21 +12,17 @@ from edgekit import bench_files
 from edgekit.bench import bench, bench_against
 from edgekit.bench_verdict import profiles
 from edgekit.cli import show, show_bench
+from edgekit.cli.lists import numbers
 from edgekit.compare import gate
 from edgekit.errors import UsageError
 from edgekit.report import BenchReport
 
 
 def _numbers(
-    _context: click.Context, parameter: click.Parameter, value: str | None
+    context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, ...] | None:
     """``1,2,4``; a lone 0 means none of it, as in llama-bench."""
-    if value is None:
-        return None
-    try:
-        found = tuple(int(word) for word in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
+    found = numbers(context, parameter, value)
     return () if found == (0,) and parameter.name in ("prompts", "answers") else found
 
 

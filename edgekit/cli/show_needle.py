@@ -10,23 +10,12 @@ import click
 
 from edgekit import needle, plot
 from edgekit.cli import show
+from edgekit.cli.lists import numbers
 from edgekit.cli.show_tasks import flips_line, percent
 from edgekit.needle import NeedleReport, NeedleScores
 
 # The options that only --needle knows.
 NAMES = ("lengths", "depths", "trials", "seed", "raw")
-
-
-def _numbers(
-    _context: click.Context, _parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    """``512,1024`` -> (512, 1024)."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers") from None
 
 
 _OPTIONS = (
@@ -38,13 +27,13 @@ _OPTIONS = (
     ),
     click.option(
         "--lengths",
-        callback=_numbers,
+        callback=numbers,
         metavar="N,N,...",
         help="With --needle: context lengths in tokens (default 512,1024,... up to 4096).",
     ),
     click.option(
         "--depths",
-        callback=_numbers,
+        callback=numbers,
         metavar="N,N,...",
         help="With --needle: percent of the text before the sentence (default 0,25,50,75,100).",
     ),

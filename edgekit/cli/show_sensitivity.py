@@ -11,6 +11,7 @@ import click
 
 from edgekit import evaluate, plot, sensitivity_plot
 from edgekit.cli import show
+from edgekit.cli.lists import numbers
 from edgekit.intervals import Interval
 from edgekit.sensitivity import sensitivity
 from edgekit.sensitivity_report import InputRow, ModelRows, PartRow, Report
@@ -18,18 +19,6 @@ from edgekit.sensitivity_report import InputRow, ModelRows, PartRow, Report
 # The options that only --sensitivity knows.
 NAMES = ("bits", "layers", "text_bytes")
 _WORST = 5
-
-
-def _widths_asked(
-    _context: click.Context, _parameter: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    """``8,4`` -> (8, 4)."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers") from None
 
 
 _OPTIONS = (
@@ -41,7 +30,7 @@ _OPTIONS = (
     ),
     click.option(
         "--bits",
-        callback=_widths_asked,
+        callback=numbers,
         metavar="N,N,...",
         help="With --sensitivity: widths, as export's --bits (default 8,6,5,4,3,2).",
     ),
