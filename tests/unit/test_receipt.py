@@ -201,6 +201,14 @@ def test_the_card_says_slower_aloud_and_shows_both_sides() -> None:
     assert both["same top-1"] == card["same top-1"]
 
 
+def test_one_lucky_round_does_not_hide_a_slow_file() -> None:
+    assert RECEIPT.speed
+    lucky = replace(RECEIPT.speed, prefill_ratio=Interval(0.6, 0.4, 1.1))
+    assert lucky.slower == ["prefill"]
+    even = replace(RECEIPT.speed, prefill_ratio=Interval(0.97, 0.9, 1.1))
+    assert even.slower == []
+
+
 def test_the_receipt_is_no_part_of_what_was_exported(tmp_path: Path) -> None:
     artifact = build(tmp_path / "artifact")
     proven = replace(artifact.manifest, receipt=RECEIPT.to_dict())
