@@ -114,7 +114,7 @@ class _Child:
         """What a process pays once is no part of a model's load time."""
         from edgekit import llama_library
 
-        llama_library.library()
+        llama_library.libllama()
 
     def first_token(self, n_tokens: int) -> dict[str, Any]:
         """Seconds from the call to the first piece of text, with nothing cached."""

@@ -159,7 +159,7 @@ def ask_engine() -> dict[str, Any]:
 
     info = llama_library.system_info()
     loaded = llama_library.backend_file()
-    shipped = sorted(path.name for path in llama_library.library_folder().glob("libggml-cpu-*"))
+    shipped = sorted(path.name for path in llama_library.libllama_folder().glob("libggml-cpu-*"))
     return {
         "backend": _variant_name(loaded) if loaded else None,
         "variants": [name for name in map(_variant_name, shipped) if name],

@@ -1,7 +1,7 @@
 """The one door to libllama: loads it and its CPU backends once per process, and keeps its log.
 
 Exporters quantize with it and runtimes generate with it; it knows neither, and no model. Imports
-the engine only inside ``library()``.
+the engine only inside ``libllama()``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def listen(listener: Callable[[str], None]) -> Iterator[None]:
 
 
 @functools.cache
-def library() -> Any:
+def libllama() -> Any:
     """The module ``llama_cpp.llama_cpp`` (ctypes bindings), with its backends loaded.
 
     A wheel with run-time CPU variants holds one backend per ISA level, and nobody loads the best
@@ -68,7 +68,7 @@ def library() -> Any:
     ggml = ggml_library()
     # A build with one fixed CPU backend has it registered already.
     if ggml.ggml_backend_reg_count() == 0:
-        ggml.ggml_backend_load_all_from_path(str(library_folder()).encode())
+        ggml.ggml_backend_load_all_from_path(str(libllama_folder()).encode())
     llama_cpp.llama_backend_init()
     if ggml.ggml_backend_reg_count() == 0:
         raise LoadError(
@@ -78,7 +78,7 @@ def library() -> Any:
     return llama_cpp
 
 
-def library_folder() -> Path:
+def libllama_folder() -> Path:
     """Where the shared libraries of llama-cpp-python lie."""
     import llama_cpp
 
@@ -88,7 +88,7 @@ def library_folder() -> Path:
 @functools.cache
 def ggml_library() -> ctypes.CDLL:
     """libggml, the very instance that libllama uses, with the calls edgekit needs declared."""
-    ggml = ctypes.CDLL(str(library_folder() / "libggml.so"))
+    ggml = ctypes.CDLL(str(libllama_folder() / "libggml.so"))
     ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_load_all_from_path.restype = None
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
@@ -122,7 +122,7 @@ class Threadpools:
 
     def attach(self, context: Any) -> None:
         """Let ``context`` compute with these threads."""
-        function = library()._lib.llama_attach_threadpool
+        function = libllama()._lib.llama_attach_threadpool
         function.argtypes = [ctypes.c_void_p] * 3
         function.restype = None
         function(context, self._pools[0], self._pools[-1])
@@ -136,7 +136,7 @@ class Threadpools:
 
 def _new_pool(n_threads: int, *, paused: bool) -> Any:
     params = _ThreadpoolParams()
-    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    base = ctypes.CDLL(str(libllama_folder() / "libggml-base.so"))
     init = base.ggml_threadpool_params_init
     init.argtypes = [ctypes.c_void_p, ctypes.c_int]
     init.restype = None
@@ -150,7 +150,7 @@ def _cpu_function(name: bytes, result: Any) -> Any:
     ggml = ggml_library()
     ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
-    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    base = ctypes.CDLL(str(libllama_folder() / "libggml-base.so"))
     find = base.ggml_backend_reg_get_proc_address
     find.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     find.restype = ctypes.c_void_p
@@ -163,7 +163,7 @@ def _cpu_function(name: bytes, result: Any) -> Any:
 def free_gpu_bytes() -> int:
     """Free memory of the graphics cards that the engine can use; 0 without any."""
     ggml = ggml_library()
-    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    base = ctypes.CDLL(str(libllama_folder() / "libggml-base.so"))
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
     ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
@@ -189,13 +189,13 @@ def version() -> str:
 
 def system_info() -> str:
     """The ISA features that the loaded CPU backend was compiled for, in llama.cpp's own words."""
-    text: bytes = library().llama_print_system_info()
+    text: bytes = libllama().llama_print_system_info()
     return text.decode()
 
 
 def backend_file() -> str | None:
     """File name of the CPU backend in use (``libggml-cpu-zen4.so``); None for a fixed build."""
-    library()
+    libllama()
     with open("/proc/self/maps") as maps:
         for line in maps:
             name = line.rstrip().rpartition("/")[2]

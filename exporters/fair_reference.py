@@ -24,7 +24,7 @@ from edgekit.errors import LoadError, ParityError, UnsupportedModelError, UsageE
 from edgekit.exporter import Progress, no_progress
 from edgekit.exporters import hf_to_gguf, quantizer
 from edgekit.formats import gguf
-from edgekit.llama_library import library, recent_log
+from edgekit.llama_library import libllama, recent_log
 from edgekit.source import ModelSource
 
 _SCALES = (0.70, 1.42)  # about a factor of 2 in all: no grid of 32 values survives it
@@ -268,7 +268,7 @@ def _logits(model: Path, out: Path, progress: Progress, turn: int) -> Array:
 
 def _write_logits(model: str, out: str) -> None:
     """Child side of ``_logits``: everything in float32, for rounding would hide a difference."""
-    llama = library()
+    llama = libllama()
     wanted = llama.llama_model_default_params()
     wanted.n_gpu_layers = 0
     loaded = llama.llama_model_load_from_file(os.fsencode(model), wanted)

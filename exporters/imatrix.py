@@ -24,7 +24,7 @@ from edgekit.errors import ArtifactError, ExportError, LoadError, RecipeError, S
 from edgekit.exporters.quantizer import SILENCE_S, memory_limit
 from edgekit.formats import gguf
 from edgekit.ggml_tensor import TYPE_F32, Tensor, op_name
-from edgekit.llama_library import backend_file, library, recent_log
+from edgekit.llama_library import backend_file, libllama, recent_log
 from edgekit.recipe import Calibration
 
 BUILTIN = "builtin"
@@ -198,7 +198,7 @@ class _Collector:
 @contextmanager
 def _context(model: str, chunk_tokens: int, collector: Any) -> Iterator[tuple[Any, Any]]:
     """A loaded model and a context whose every graph node passes the collector."""
-    llama = library()
+    llama = libllama()
     model_params = llama.llama_model_default_params()
     model_params.n_gpu_layers = 0  # activations are read where they lie, so they must lie in RAM
     loaded = llama.llama_model_load_from_file(model.encode(), model_params)
@@ -223,7 +223,7 @@ def _compute(model: str, text: str, out: str, chunks: int, chunk_tokens: int, na
     """Child side of ``compute``: tokenize, run every chunk on its own, write the sums."""
     import numpy as np
 
-    llama = library()
+    llama = libllama()
     collector = _Collector()
     with _context(model, chunk_tokens, collector) as (loaded, context):
         vocab = llama.llama_model_get_vocab(loaded)
@@ -269,7 +269,7 @@ def _fill(batch: Any, tokens: Any, number: int) -> None:
 def _tokenize(vocab: Any, text: bytes) -> Any:
     import numpy as np
 
-    llama = library()
+    llama = libllama()
     room = len(text) + 8
     buffer = (llama.llama_token * room)()
     count = llama.llama_tokenize(vocab, text, len(text), buffer, room, False, False)

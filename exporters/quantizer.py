@@ -16,7 +16,7 @@ from typing import Any
 from edgekit import _fs, _proc
 from edgekit.errors import ExportError, RecipeError, UnsupportedModelError
 from edgekit.formats import gguf
-from edgekit.llama_library import library, listen
+from edgekit.llama_library import libllama, listen
 from edgekit.quant import GGUF_FTYPES
 from edgekit.registry import did_you_mean
 
@@ -127,7 +127,7 @@ def resolve_overrides(
 
 def _params(path: Path, type_name: str, overrides: list[list[str]]) -> tuple[Any, list[Any]]:
     """Parameters of llama_model_quantize, and what must stay alive while it runs."""
-    llama = library()
+    llama = libllama()
     params = llama.llama_model_quantize_default_params()
     params.ftype = GGUF_FTYPES[type_name]
     params.nthread = len(os.sched_getaffinity(0))
@@ -145,7 +145,7 @@ def _params(path: Path, type_name: str, overrides: list[list[str]]) -> tuple[Any
 
 def _imatrix_rows(entries: dict[str, Any]) -> Any:
     """A null-terminated array of llama_model_imatrix_data over float32 numpy arrays."""
-    llama = library()
+    llama = libllama()
     rows = (llama.llama_model_imatrix_data * (len(entries) + 1))()
     for row, (name, values) in zip(rows, entries.items(), strict=False):
         row.name = name.encode()
@@ -158,7 +158,7 @@ def _plan(path: str, type_name: str, imatrix: bool, overrides: list[list[str]]) 
     """Child side of ``plan``."""
     import numpy as np
 
-    llama = library()
+    llama = libllama()
     params, _alive = _params(Path(path), type_name, overrides)
     params.dry_run = True
     # Only whether there is a matrix decides types, so one number stands for it.
@@ -185,7 +185,7 @@ def _quantize(
     """Child side of ``quantize``."""
     from edgekit.exporters import imatrix as matrices
 
-    llama = library()
+    llama = libllama()
     params, _alive = _params(Path(path), type_name, overrides)
     entries = matrices.read(Path(imatrix)) if imatrix else {}
     rows = _imatrix_rows(entries)

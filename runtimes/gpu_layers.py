@@ -17,7 +17,7 @@ _RESERVE_BYTES = 512 << 20
 
 def layers_that_fit(header: GgufHeader, params: LoadParams) -> int:
     """Layers to offload: 0 without a GPU backend, ``ALL_LAYERS`` when everything fits."""
-    if not llama_library.library().llama_supports_gpu_offload():
+    if not llama_library.libllama().llama_supports_gpu_offload():
         return 0
     return count(header, params, llama_library.free_gpu_bytes())
 

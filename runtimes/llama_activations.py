@@ -17,7 +17,7 @@ from edgekit.errors import UsageError
 from edgekit.formats import gguf
 from edgekit.formats.gguf import GgufHeader
 from edgekit.ggml_tensor import TYPE_F32, Tensor, op_name
-from edgekit.llama_library import library
+from edgekit.llama_library import libllama
 from edgekit.runtime import LoadParams
 from edgekit.runtimes import threads as thread_counts
 from edgekit.runtimes.llama_engine import Engine
@@ -145,7 +145,7 @@ class _WatchedEngine(Engine):
     def __init__(
         self, path: Path, header: GgufHeader, params: LoadParams, threads: int, watch: _Watch
     ) -> None:
-        self._watch = library().ggml_backend_sched_eval_callback(watch)  # must outlive the context
+        self._watch = libllama().ggml_backend_sched_eval_callback(watch)  # must outlive the context
         super().__init__(path, header, params, threads=(threads, threads))
 
     def _context_params(self, params: LoadParams, threads: tuple[int, int]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from edgekit.errors import LoadError
 from edgekit.formats.ggml_types import TYPES
 from edgekit.ggml_tensor import TYPE_F32, Tensor
-from edgekit.llama_library import ggml_library, library, library_folder
+from edgekit.llama_library import ggml_library, libllama, libllama_folder
 
 _NUMBERS = {kind.name: number for number, kind in TYPES.items()}
 _CPU, _WEIGHTS = 0, 1  # GGML_BACKEND_DEVICE_TYPE_CPU, GGML_BACKEND_BUFFER_USAGE_WEIGHTS
@@ -137,7 +137,7 @@ def _fastest(run: Callable[[], None]) -> float:
 @functools.cache
 def _ggml() -> Any:
     """libggml with the calls of this file declared; its functions live in two libraries."""
-    library()  # loads the backends
+    libllama()  # loads the backends
     ggml = ggml_library()
     pointer, number, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
     signatures: dict[str, tuple[Any, list[Any]]] = {
@@ -168,7 +168,7 @@ def _ggml() -> Any:
         "ggml_backend_graph_compute": (ctypes.c_int, [pointer] * 2),
         "ggml_backend_free": (None, [pointer]),
     }
-    base = ctypes.CDLL(str(library_folder() / "libggml-base.so"))
+    base = ctypes.CDLL(str(libllama_folder() / "libggml-base.so"))
     for name, (result, arguments) in signatures.items():
         function = getattr(ggml if hasattr(ggml, name) else base, name)
         function.restype, function.argtypes = result, arguments

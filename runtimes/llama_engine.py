@@ -68,7 +68,7 @@ class Engine:
 
         Raises LoadError with the engine's own last reason.
         """
-        self._llama = llama = llama_library.library()
+        self._llama = llama = llama_library.libllama()
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None

@@ -19,7 +19,7 @@ from edgekit import _proc
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats.ggml_types import TYPES
 from edgekit.ggml_tensor import Tensor, op_name
-from edgekit.llama_library import Threadpools, library, recent_log
+from edgekit.llama_library import Threadpools, libllama, recent_log
 
 _FLASH_AUTO = -1
 # They only look at data in another way: the engine skips them.
@@ -84,7 +84,7 @@ class _Runs:
     """One context of a loaded model, and the two kinds of work that are timed in it."""
 
     def __init__(self, loaded: Any, n_ctx: int, threads: int, watch: _Stopwatch | None) -> None:
-        llama = library()
+        llama = libllama()
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(_MAX_BATCH, n_ctx)
@@ -142,7 +142,7 @@ class _Runs:
 
 @contextmanager
 def _model(path: Path) -> Iterator[Any]:
-    llama = library()
+    llama = libllama()
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0  # the limits that times are held against are the processor's
     loaded = llama.llama_model_load_from_file(os.fsencode(path), params)
@@ -162,7 +162,7 @@ def measure(path: str, n_prompt: int, n_gen: int, threads: int) -> dict[str, Any
     runs] of the fastest profiled one.
     """
     with _model(Path(path)) as loaded:
-        trained = library().llama_model_n_ctx_train(loaded)
+        trained = libllama().llama_model_n_ctx_train(loaded)
         if n_prompt + n_gen > trained:
             raise UsageError(
                 f"{n_prompt + n_gen} tokens are more than the {trained} this model was trained for"

@@ -34,7 +34,7 @@ def tokens(path: str, texts: list[str]) -> dict[str, Any]:
     "plain": control tokens written out are text. "special": they are control tokens. "whole": the
     same with what the model puts around a text. Only the vocabulary is loaded.
     """
-    llama = llama_library.library()
+    llama = llama_library.libllama()
     params = llama.llama_model_default_params()
     params.vocab_only = True
     model = llama.llama_model_load_from_file(os.fsencode(path), params)

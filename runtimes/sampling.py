@@ -29,7 +29,7 @@ class Sampler:
     def __init__(self, engine: Engine, params: GenerateParams, prompt: Sequence[int]) -> None:
         """Raises UsageError for a grammar that does not parse."""
         self._engine = engine
-        self._llama = llama_library.library()
+        self._llama = llama_library.libllama()
         self._logprobs = params.logprobs
         self._grammar = self._chain = None
         self.logprobs: list[TokenLogprob] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.llama_library import library, recent_log
+from edgekit.llama_library import libllama, recent_log
 
 
 class Engine:
@@ -18,13 +18,13 @@ class Engine:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._vocab = library().llama_model_get_vocab(model)
+        self._vocab = libllama().llama_model_get_vocab(model)
 
     def ids(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """The tokens of ``text``."""
         raw = text.encode()
         room = (ctypes.c_int32 * (len(raw) + 8))()
-        count = library().llama_tokenize(
+        count = libllama().llama_tokenize(
             self._vocab, raw, len(raw), room, len(room), add_special, parse_special
         )
         assert count >= 0
@@ -32,7 +32,7 @@ class Engine:
 
     def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """Logits after each of ``ids``, float32 [len(ids), vocabulary], with an F32 KV cache."""
-        lib = library()
+        lib = libllama()
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = 256 if len(ids) <= 256 else 512
         params.n_threads = params.n_threads_batch = 1
@@ -58,7 +58,7 @@ class Engine:
 @contextmanager
 def opened(path: Path, *, vocab_only: bool = False) -> Iterator[Engine]:
     """The file in llama.cpp, on the CPU."""
-    lib = library()
+    lib = libllama()
     params = lib.llama_model_default_params()
     params.vocab_only, params.n_gpu_layers = vocab_only, 0
     model = lib.llama_model_load_from_file(str(path).encode(), params)

@@ -134,9 +134,9 @@ def test_smollm2_speaks_its_own_template_and_comes_back_as_text(smollm2: ModelSo
 
 def test_smollm2_answers_as_llama_cpp_does(smollm2: ModelSource, smollm2_gguf: Path) -> None:
     """llama.cpp rounds activations to 8 bits on quantized weights, hence a mean of 0.01."""
-    from edgekit.llama_library import library
+    from edgekit.llama_library import libllama
 
-    library()
+    libllama()
     import llama_cpp
 
     engine = llama_cpp.Llama(str(smollm2_gguf), n_ctx=256, logits_all=True, verbose=False)

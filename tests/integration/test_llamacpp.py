@@ -449,9 +449,9 @@ def test_a_signal_during_a_call_into_the_engine_is_delivered_after_it() -> None:
 
 
 def test_a_signal_stops_a_load(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekit.llama_library import library
+    from edgekit.llama_library import libllama
 
-    engine = library()
+    engine = libllama()
     load_from_file = engine.llama_model_load_from_file
 
     def load_and_interrupt(path: bytes, params: Any) -> Any:

@@ -25,7 +25,7 @@ _FTYPES = {"F16": 1, "Q4_0": 2}
 def quantized(
     request: pytest.FixtureRequest, smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    llama = llama_library.library()
+    llama = llama_library.libllama()
     out = tmp_path_factory.mktemp("speculation") / f"{request.param}.gguf"
     wanted = llama.llama_model_quantize_default_params()
     wanted.ftype = _FTYPES[request.param]

@@ -50,7 +50,7 @@ def test_every_template_that_transformers_renders_is_rendered_alike(llama_source
 def test_a_written_out_control_token_comes_back_as_the_same_text(
     llama_source: Path, vocabulary: str
 ) -> None:
-    llama = llama_library.library()
+    llama = llama_library.libllama()
     wanted = llama.llama_model_default_params()
     wanted.vocab_only = True
     file = llama_source / f"vendor/llama.cpp/models/ggml-vocab-{vocabulary}.gguf"

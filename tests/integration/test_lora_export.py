@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from edgekit.errors import RecipeError, SourceError
 from edgekit.exporter import export, reprove
 from edgekit.exporters import hf_to_gguf, lora
-from edgekit.llama_library import library
+from edgekit.llama_library import libllama
 from edgekit.receipt import Receipt
 from edgekit.source import ModelSource
 from edgekit.source import source as open_source
@@ -117,7 +117,7 @@ def _torch_logits(model: Any) -> NDArray[np.float32]:
 
 def _logits(model: Path, adapter: Path | None = None) -> NDArray[np.float32]:
     """llama.cpp's logits after each of IDS, float32 [tokens, vocabulary]."""
-    llama = library()
+    llama = libllama()
     loaded = llama.llama_model_load_from_file(
         str(model).encode(), llama.llama_model_default_params()
     )
