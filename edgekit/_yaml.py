@@ -62,8 +62,11 @@ def parse(text: str, *, origin: str, error: type[UsageError] = UsageError) -> An
     if len(text.encode()) > MAX_BYTES:
         raise error(f"{origin}: larger than {MAX_BYTES} bytes")
     try:
-        # _StrictLoader is a SafeLoader: it cannot build objects.
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        loader = _StrictLoader(text)  # a SafeLoader: it cannot build objects
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         where = f"{origin}:{mark.line + 1}" if mark else origin
