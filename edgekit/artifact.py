@@ -172,8 +172,9 @@ class Artifact:
             with open(descriptor, "rb") as file:
                 raw = file.read(_MAX_MANIFEST_BYTES + 1) or b""
         except (OSError, ValueError):
+            what = f"is not an artifact: it has no {MANIFEST}"
             raise ManifestError(
-                f"{folder} is not an artifact: it has no {MANIFEST}",
+                f"{folder} {what if os.path.exists(folder) else 'does not exist'}",
                 hint="edgekit export MODEL --out DIR makes one",
             ) from None
         if len(raw) > _MAX_MANIFEST_BYTES:

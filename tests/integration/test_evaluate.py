@@ -306,7 +306,7 @@ def test_without_a_text_the_command_reads_one_that_nothing_was_calibrated_on(
         (["--text", "latin1.txt"], 2, "the text latin1.txt is not UTF-8"),
         (["--plot", "kl.png"], 2, "--plot draws KL divergence"),
         (["--against", "x.gguf", "--plot", "kl.pdf"], 2, "cannot draw kl.pdf"),
-        (["--text", "text.txt", "--against", "nowhere"], 5, "nowhere is not an artifact"),
+        (["--text", "text.txt", "--against", "nowhere"], 5, "nowhere does not exist"),
         (
             ["--text", "text.txt", "--ctx", "64", "--against", "text.txt"],
             5,
