@@ -21,10 +21,11 @@ _FLOORS = """
 1  typed_json
 2  source recipe artifact device target exporter converter runtime report receipt
 2  llama_library ggml_tensor machine scorer model_cost
-2  telemetry report_text
+2  telemetry report_text board_agent device_config
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
+4  predictor plan_memory plan_validate remote far_side wheelhouse device_setup
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 5  cli __main__
 """
