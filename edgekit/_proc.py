@@ -104,12 +104,33 @@ def call(
     if answer is None:
         how = describe_exit(process.returncode)
         raise EngineCrashedError(f"{what} failed: the engine's process {how}")
+    return value_of(answer)
+
+
+def value_of(answer: dict[str, Any]) -> Any:
+    """What ``answer_of`` was made of: its value returned, its error raised."""
     if "value" in answer:
         return answer["value"]
-    kind = getattr(errors, answer["error"], EngineCrashedError)
+    kind = getattr(errors, str(answer.get("error")), None)
     if kind is errors.MissingExtraError:
-        raise errors.MissingExtraError(answer["extra"], missing=answer["missing"])
-    raise kind(answer["message"], hint=answer["hint"])
+        raise errors.MissingExtraError(str(answer.get("extra")), missing=str(answer.get("missing")))
+    if not (isinstance(kind, type) and issubclass(kind, EdgekitError)):
+        kind = EngineCrashedError
+    raise kind(str(answer.get("message")), hint=answer.get("hint"))
+
+
+def answer_of(work: Callable[[], Any]) -> dict[str, Any]:
+    """The value of ``work()``, or its error, as JSON to send to another process."""
+    try:
+        return {"value": work()}
+    except EdgekitError as error:
+        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        if isinstance(error, errors.MissingExtraError):
+            answer |= {"extra": error.extra, "missing": error.missing}
+        return answer
+    except Exception as error:  # the fence: whatever a lower library raises ends as one of ours
+        words = f"the engine failed: {type(error).__name__}: {error}"
+        return {"error": "EngineCrashedError", "message": words, "hint": None}
 
 
 def _python(function: str) -> str:
@@ -148,7 +169,7 @@ class Worker:
         """The answer to ``request``; None, for good, if the child dies or takes too long."""
         assert self._process.stdin is not None
         try:
-            _write_all(self._process.stdin, json.dumps(request).encode() + b"\n")
+            write_all(self._process.stdin, json.dumps(request).encode() + b"\n")
         except (BrokenPipeError, ValueError):
             return None
         line = self._line(timeout_s)
@@ -200,7 +221,7 @@ def _lines(
 def report(message: Any) -> None:
     """Inside a child of ``call``: tell the parent something (JSON). Elsewhere: nothing happens."""
     if _report_pipe is not None:
-        _write_all(_report_pipe, json.dumps({"report": message}).encode() + b"\n")
+        write_all(_report_pipe, json.dumps({"report": message}).encode() + b"\n")
 
 
 def _answer() -> None:
@@ -209,25 +230,16 @@ def _answer() -> None:
     request = json.loads(sys.stdin.buffer.read())
     module, _, name = request["function"].partition(":")
     _report_pipe = os.fdopen(request["fd"], "wb", buffering=0)
-    try:
-        value = getattr(importlib.import_module(module), name)(**request["arguments"])
-        answer: dict[str, Any] = {"value": value}
-    except EdgekitError as error:
-        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-        if isinstance(error, errors.MissingExtraError):
-            answer |= {"extra": error.extra, "missing": error.missing}
-    except Exception as error:  # the fence: whatever a lower library raises ends as one of ours
-        answer = {
-            "error": "EngineCrashedError",
-            "message": f"the engine failed: {type(error).__name__}: {error}",
-            "hint": None,
-        }
-    _write_all(_report_pipe, json.dumps(answer).encode() + b"\n")
+    answer = answer_of(
+        lambda: getattr(importlib.import_module(module), name)(**request["arguments"])
+    )
+    write_all(_report_pipe, json.dumps(answer).encode() + b"\n")
     # Engines may crash in their own clean-up; the answer is out, so leave without it.
     os._exit(0)
 
 
-def _write_all(pipe: BinaryIO | IO[bytes], data: bytes) -> None:
+def write_all(pipe: BinaryIO | IO[bytes], data: bytes) -> None:
+    """Write until all is out: an unbuffered pipe takes what it has room for."""
     while data:
         data = data[pipe.write(data) :]
 
@@ -266,3 +278,30 @@ def run(argv: Sequence[str], *, timeout_s: float, input_text: str | None = None)
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise EdgekitError(f"{argv[0]} {describe_exit(done.returncode)}: {last}")
     return done.stdout
+
+
+Process = subprocess.Popen[bytes]
+
+
+def start(argv: Sequence[str], *, env: dict[str, str] | None = None) -> Process:
+    """A program with three unbuffered pipes, in a session of its own: no Ctrl-C reaches it.
+
+    ``env`` is added to this process's. Raises OSError when it cannot be started.
+    """
+    return subprocess.Popen(
+        list(argv),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | (env or {}),
+        start_new_session=True,
+    )
+
+
+def wait(process: Process, timeout_s: float) -> int | None:
+    """The exit code; None if the program still runs after ``timeout_s`` seconds."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None

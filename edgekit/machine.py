@@ -90,8 +90,13 @@ def _read(path: Path) -> str | None:
 
 def cpu(root: Path) -> Cpu:
     """The first processor's model and features, and how many processors there are."""
+    return cpu_of(_read(root / "proc/cpuinfo") or "")
+
+
+def cpu_of(cpuinfo: str) -> Cpu:
+    """``cpu`` from the text of a /proc/cpuinfo; what that does not tell is this machine's."""
     fields: dict[str, list[str]] = {}
-    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+    for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), []).append(value.strip())
     words = set(" ".join(fields.get("flags", []) + fields.get("Features", [])).split())
@@ -120,18 +125,27 @@ def _architecture(x86: bool, words: set[str]) -> str:
     return "aarch64" if "asimd" in words else "armv7l"
 
 
+def total_bytes(meminfo: str) -> int | None:
+    """RAM, from the text of a /proc/meminfo."""
+    kib = _kib(meminfo)
+    return kib["MemTotal"] << 10 if "MemTotal" in kib else None
+
+
+def _kib(meminfo: str) -> dict[str, int]:
+    found = re.findall(r"(\w+):\s+(\d{1,15}) kB", meminfo, re.ASCII)
+    return {name: int(value) for name, value in found}
+
+
 def memory(root: Path) -> Memory:
     """RAM, swap and the cgroup limit of this process."""
-    kib = {
-        name: int(value)
-        for name, value in re.findall(r"(\w+):\s+(\d+) kB", _read(root / "proc/meminfo") or "")
-    }
+    meminfo = _read(root / "proc/meminfo") or ""
+    kib = _kib(meminfo)
     swap = kib.get("SwapTotal", 0)
     limits = [int(value) for value in _cgroup(root, "memory", "memory.max") if value.isdigit()]
     limits += [
         int(value) for value in _cgroup(root, "memory", "memory.limit_in_bytes") if value.isdigit()
     ]
-    total = kib["MemTotal"] << 10 if "MemTotal" in kib else None
+    total = total_bytes(meminfo)
     # cgroup v1 writes "no limit" as a number beyond any memory.
     real = [limit for limit in limits if total is None or limit < total]
     return Memory(

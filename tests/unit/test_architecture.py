@@ -21,12 +21,15 @@ _FLOORS = """
 1  typed_json
 2  source recipe artifact device target exporter converter runtime report receipt
 2  llama_library ggml_tensor machine scorer model_cost
-2  telemetry report_text board_agent device_config
+2  telemetry report_text board_agent board_link upload device_config
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
+2  tensor_types model_shape vision_cost
 4  predictor plan_memory plan_validate remote far_side wheelhouse device_setup
+4  peak_loops
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
+4  planned_model vision_predictor measured_profile device_probe storage bench_prediction
 5  cli __main__
 """
 FLOORS = {
@@ -48,6 +51,8 @@ RUNS_CODE = (
     "shelve",
     "jsonpickle",
 )
+# Beside the one that starts it: where it is the name of a field, and of an option.
+SPEAK_OF_SSH = ("edgekit.target", "edgekit.device_config", "edgekit.cli.devices_list")
 BAD_WORDS = ("utils", "util", "helpers", "helper", "manager", "common", "misc")
 
 
@@ -182,8 +187,9 @@ def test_only_formats_parses_foreign_bytes(module: str) -> None:
 
 @every_module
 def test_only_fs_writes_final_paths(module: str) -> None:
-    # The hub's downloads grow, and get their names, in a work folder that _fs then commits.
-    if module in ("edgekit._fs", "edgekit.hub"):
+    # The hub's downloads grow, and get their names, in a work folder that _fs then commits. The
+    # agent writes on a board, where there is no _fs.
+    if module in ("edgekit._fs", "edgekit.hub", "edgekit.board_agent"):
         return
     moves = ("os.rename", "os.replace", "os.renames", "shutil.move", "os.link", "os.symlink")
     # Exporters write into the staged folder that they are given, and _fs commits that.
@@ -215,7 +221,8 @@ def test_nothing_runs_foreign_code(module: str) -> None:
     for name, _ in _imports(module):
         assert name.partition(".")[0] not in RUNS_CODE, f"{module} imports {name}"
         if name == "subprocess":
-            assert module in ("edgekit._proc", "edgekit.target"), f"{module} imports subprocess"
+            homes = ("edgekit._proc", "edgekit.board_agent")
+            assert module in homes, f"{module} imports subprocess"
     for name, call in _calls(module):
         where = f"{module}:{call.lineno}: {name}"
         assert name not in ("eval", "exec", "os.system", "os.popen", "torch.load"), where
@@ -223,6 +230,18 @@ def test_nothing_runs_foreign_code(module: str) -> None:
         for keyword in call.keywords:
             risky = keyword.arg in ("shell", "trust_remote_code", "allow_pickle")
             assert not (risky and ast.unparse(keyword.value) != "False"), where
+
+
+@every_module
+def test_only_target_starts_ssh(module: str) -> None:
+    words = {node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Constant)}
+    assert not words & {"ssh", "sftp", "scp"} or module in SPEAK_OF_SSH
+
+
+def test_the_agent_that_is_sent_to_boards_needs_nothing_beside_it() -> None:
+    packages = {name.partition(".")[0] for name, _ in _imports("edgekit.board_agent")}
+    assert packages <= sys.stdlib_module_names | {"__future__"}
+    ast.parse(FILES["edgekit.board_agent"].read_text(), feature_version=(3, 9))
 
 
 @every_module
