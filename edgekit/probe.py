@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import _fs, _proc, llama_library, machine, telemetry
+from edgekit import _fs, _proc, llama_library, machine, peak_loops, telemetry
 from edgekit.errors import MissingExtraError, UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.report import BUSY_SHARE, BUSY_STEAL
@@ -27,8 +27,9 @@ _TURNS = 6
 _ROUNDS = 20
 _ROUND_S = 0.005
 _READ_BYTES = 8 << 20  # of one call: Python's part of it is below 1%
+_LOOP_TURNS = 20_000  # of one call: 60 to 200 us
 # Rows, columns and depth of products: which of them runs nearest to the peak depends on the CPU.
-_SHAPES = ((192, 192, 320), (384, 192, 320), (512, 512, 512))
+_SHAPES = ((192, 192, 320), (384, 384, 384), (512, 512, 512))
 _LARGEST_SET_BYTES = 1 << 30
 _UNKNOWN_CACHE_BYTES = 32 << 20
 _TIMES_CACHE = 8
@@ -153,8 +154,9 @@ def bandwidth(threads: int) -> float:
 
 
 def flops(threads: int) -> float:
-    """float32 FLOP per second of ``threads`` threads that multiply square matrices of their own.
+    """float32 FLOP per second of ``threads`` threads that multiply and add in registers.
 
+    Where edgekit has no such loop for the CPU, of products of small matrices in numpy.
     Takes about a second, and remembers nothing. Raises MissingExtraError without numpy.
     """
     return limits_now(threads).flops_s
@@ -258,12 +260,9 @@ def _measure(threads: list[int]) -> dict[str, Any]:
         import numpy as np
     except ImportError:
         raise MissingExtraError("llama", missing="numpy") from None
+    loops = peak_loops.of_this_cpu()
     most = max(threads)
     data = np.ones(_set_bytes() // 4 // most * most, dtype=np.float32)
-    factors = [
-        (np.full((m, k), 0.5, dtype=np.float32), np.full((k, n), 0.5, dtype=np.float32))
-        for m, n, k in _SHAPES
-    ]
 
     def reader(number: int, count: int) -> Callable[[], float]:
         own = data[len(data) // count * number : len(data) // count * (number + 1)]
@@ -273,21 +272,18 @@ def _measure(threads: list[int]) -> dict[str, Any]:
 
         def read() -> float:
             piece = next(endless)
+            if loops is not None:
+                return float(loops.read(piece.ctypes.data, piece.nbytes))
             half = len(piece) // 2  # two streams: one alone does not fill the memory's queues
             np.dot(piece[:half], piece[half : 2 * half])
             return float(piece.nbytes)
 
         return read
 
-    def multiplier(number: int, count: int) -> Callable[[], float]:
-        left, right = factors[turn % len(factors)]
-        product = np.empty((left.shape[0], right.shape[1]), dtype=np.float32)
-
-        def multiply() -> float:
-            np.dot(left, right, out=product)
-            return 2.0 * left.size * right.shape[1]
-
-        return multiply
+    def multiplier(_number: int, _count: int) -> Callable[[], float]:
+        if loops is None:
+            return _products(*_SHAPES[turn % len(_SHAPES)])
+        return lambda: float(loops.multiply(_LOOP_TURNS))
 
     best: dict[str, list[float]] = {str(count): [0.0, 0.0] for count in threads}
     neighbours = _Neighbours()
@@ -299,6 +295,21 @@ def _measure(threads: list[int]) -> dict[str, Any]:
                 best[str(count)][place] = max(best[str(count)][place], rate)
         _proc.report([turn + 1, _TURNS])
     return {"limits": best, "busy": neighbours.disturbed()}
+
+
+def _products(rows: int, columns: int, depth: int) -> Callable[[], float]:
+    """numpy's product of two matrices of these sizes again and again: its FLOP at each call."""
+    import numpy as np
+
+    left = np.full((rows, depth), 0.5, dtype=np.float32)
+    right = np.full((depth, columns), 0.5, dtype=np.float32)
+    product = np.empty((rows, columns), dtype=np.float32)
+
+    def multiply() -> float:
+        np.dot(left, right, out=product)
+        return 2.0 * rows * columns * depth
+
+    return multiply
 
 
 def _measure_engine(threads: list[int], types: list[str]) -> dict[str, Any]:

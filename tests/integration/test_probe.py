@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,26 @@ def test_reading_512_tokens_is_bound_by_arithmetic(smollm2_in: dict[str, Path]) 
     assert row.kind == "compute" and row.share > 1 / 3, row
 
 
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
-def test_decoding_in_4_bits_with_two_threads_is_bound_by_overhead(
+@two_cores
+def test_a_second_thread_is_called_overhead_where_it_adds_nothing(
     smollm2_in: dict[str, Path],
 ) -> None:
     rows = _verdict(smollm2_in["Q4_0"], threads=(1, 2), prompts=(), answers=(64,))
-    two = next(row for row in rows if row.n_threads == 2)
-    # Two threads read and compute about twice as fast as one, and decode far less than that.
-    assert two.kind == "overhead", two
+    one, two = sorted(rows, key=lambda row: row.n_threads)
+    # Two threads read and compute about twice as fast as one. How much of that a model gets in 4
+    # bits depends on the CPU: nothing where one thread's kernels outrun the rest, or nearly all.
+    if two.tok_s < 1.2 * one.tok_s:
+        assert two.kind == "overhead", (one, two)
+    if two.tok_s > 1.6 * one.tok_s:
+        assert two.kind != "overhead", (one, two)
+
+
+@pytest.mark.slow
+@two_cores
+def test_a_model_of_next_to_no_work_is_bound_by_overhead(tiny_gguf: Callable[[str], Path]) -> None:
+    rows = _verdict(tiny_gguf("tinyllama"), threads=(1, 2), prompts=(), answers=(64,))
+    assert [row.kind for row in rows] == ["overhead", "overhead"], rows
