@@ -73,10 +73,13 @@ class ContextWindow:
             reused = 0
         if not self.dropped:
             self.keep = min(keep, self._engine.n_ctx // 2)
+        # Whole batches are the fastest way; only where old text must go do they follow its room.
+        most = self._engine.n_batch
+        if self.dropped or len(prompt) > self._engine.n_ctx:
+            most = min(most, max(1, (self._engine.n_ctx - self.keep) // 2))
         at = reused
         while at < len(prompt):
-            room = self._engine.n_ctx - self.keep
-            step = min(self._engine.n_batch, len(prompt) - at, max(1, room // 2))
+            step = min(most, len(prompt) - at)
             if endless:
                 self._make_room(step)
             self.extend(prompt[at : at + step])
