@@ -23,6 +23,15 @@ import peers
 from edgekit import _proc
 
 PREFILL, DECODE, BEHIND = "prefill", "decode", "decode behind the prompt"
+_TABLES = ("same", "automatic", "memory")
+_HEAD = (
+    "type",
+    "test",
+    "llama-bench tok/s",
+    "edgekit / llama-bench, seen from outside",
+    "fastest runs",
+    "by session.last",
+)
 TARGET_SAME = 0.97
 TARGET_AUTOMATIC = 1.0
 TARGET_RSS_MIB = 60
@@ -269,10 +278,14 @@ def _speed_rows(
 
 
 def main() -> None:
-    """Print the three tables."""
+    """Print the tables that were asked for."""
     parser = measure.parser(__doc__, reps=7)
     parser.add_argument("--types", default=",".join(peers.TYPES), metavar="A,B")
+    parser.add_argument("--tables", default=",".join(_TABLES), metavar="A,B", help="which to print")
     arguments = parser.parse_args()
+    tables = arguments.tables.split(",")
+    if unknown := set(tables) - set(_TABLES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}: take {', '.join(_TABLES)}")
     figures: dict[str, Any] = {"machine": measure.describe_machine()}
     scratch = measure.scratch(arguments)
     tools = peers.find_tools(arguments.tools)
@@ -284,22 +297,35 @@ def main() -> None:
     ours = Edgekit(work, next(iter(models.values())))
     theirs = LlamaBench(work, tools)
 
-    same = same_settings(ours, theirs, models, reps, threads)
-    ratio = "edgekit / llama-bench, seen from outside"
-    head = ["type", "test", "llama-bench tok/s", ratio, "fastest runs", "by session.last"]
+    if "same" in tables:
+        same = same_settings(ours, theirs, models, reps, threads)
+        _same_table(same, work, threads, reps)
+        figures["same_settings"] = same
+    if "automatic" in tables:
+        auto, best = automatic(ours, theirs, models, reps)
+        measure.table(
+            "Automatic settings against the best row of llama-bench's sweep",
+            [*_HEAD[:3], "best row", *_HEAD[3:], f"at least {TARGET_AUTOMATIC:g}"],
+            list(_speed_rows(auto, TARGET_AUTOMATIC, best)),
+        )
+        figures |= {"automatic": auto, "best_rows": best}
+    if "memory" in tables:
+        held = memory(ours, theirs, models, min(reps, 3), threads)
+        _memory_table(held, ours.n_ctx)
+        figures["rss_bytes"] = held
+    measure.finish(arguments, figures)
+
+
+def _same_table(same: dict[str, dict[str, Figures]], work: Work, threads: int, reps: int) -> None:
     measure.table(
         f"Same settings: -t {threads} -fa 1, prompt {work.prompt}, answer {work.answer}"
         f" (median and range of {reps})",
-        [*head, f"at least {TARGET_SAME}"],
+        [*_HEAD, f"at least {TARGET_SAME}"],
         list(_speed_rows(same, TARGET_SAME, None)),
     )
-    auto, best = automatic(ours, theirs, models, reps)
-    measure.table(
-        "Automatic settings against the best row of llama-bench's sweep",
-        [*head[:3], "best row", *head[3:], f"at least {TARGET_AUTOMATIC:g}"],
-        list(_speed_rows(auto, TARGET_AUTOMATIC, best)),
-    )
-    held = memory(ours, theirs, models, min(reps, 3), threads)
+
+
+def _memory_table(held: dict[str, tuple[list[int], list[int]]], n_ctx: int) -> None:
     rows = []
     for kind, (mine, other) in held.items():
         more = (statistics.median(mine) - statistics.median(other)) / _MIB
@@ -314,12 +340,10 @@ def main() -> None:
             ]
         )
     measure.table(
-        f"Peak memory of the process, MiB, context of {ours.n_ctx} tokens",
+        f"Peak memory of the process, MiB, context of {n_ctx} tokens",
         ["type", "llama-bench", "edgekit", "more", "ratio", f"at most +{TARGET_RSS_MIB}"],
         rows,
     )
-    figures |= {"same_settings": same, "automatic": auto, "best_rows": best, "rss_bytes": held}
-    measure.finish(arguments, figures)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_the_importance_matrix_is_computed_once(tmp_path: Path, text: Path) -> N
         return stages
 
     assert "importance matrix" in export("Q4_0")
-    assert "importance matrix" not in export("IQ4_NL")
+    assert "importance matrix" not in export("Q4_1")
 
 
 @pytest.mark.parametrize(

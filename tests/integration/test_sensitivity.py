@@ -88,6 +88,7 @@ def outliers(plain: Path, planted: Path, tmp_path_factory: pytest.TempPathFactor
         return sensitivity([plain, planted], evaluate.read_text(None), bits=(4,), **_FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fewer_bits_lose_more_of_smollm2(smollm2_gguf: Path) -> None:
     few = _FEW | {"text_bytes": 3000}
