@@ -105,6 +105,10 @@ PROOFS = Shelf(
 # The runtime for an artifact's format, where the user names none.
 RUNTIME_OF_FORMAT = {"gguf": "llamacpp"}
 
+# Profiles of boards that strangers bring: a name, and the file (importlib.resources) that holds it.
+# The built-in ones are the files of devices/profiles/.
+DEVICES = Shelf("device profile", "edgekit.devices", {}, extra="llama")
+
 # One row per `model_type` of a config.json: the file that maps its tensors and metadata to GGUF.
 GGUF_FAMILIES = Shelf(
     "model family with a GGUF mapping",
