@@ -5,7 +5,6 @@ Knows no verb's options and no model; each verb is one file here, imported only 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from edgekit import __version__
+from edgekit.cli.lazy import LazyGroup
 from edgekit.errors import EdgekitError
 
 # One row a verb: its file in this folder, and its line in `edgekit --help` (a test compares the
@@ -25,31 +25,20 @@ VERBS = {
     "verify": "Check every byte of ARTIFACT against its manifest.",
     "eval": "Measure how well ARTIFACT predicts a text, alone or against a reference.",
     "bench": "Measure load times, speeds and memory of MODELs, and say what bounds them.",
+    "plan": "Does MODEL fit a device, and how fast will it be? Needs neither of them.",
+    "devices": "Boards: what they are, and which are yours.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
     "doctor": "Show what this machine offers, and what the engine makes of it.",
     "completion": "Print the completion script for a shell.",
 }
 
 
-class _Verbs(click.Group):
-    """A group that imports a verb's file only to run it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = importlib.import_module(f"edgekit.cli.{cmd_name}").command
-        command.name = cmd_name
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
-
-
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    rows=VERBS,
+    prefix="edgekit.cli.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("-v", "--verbose", count=True, help="Log to stderr; -vv logs the engine's words too.")
 @click.version_option(__version__, prog_name="edgekit")
 def cli(verbose: int) -> None:

@@ -134,8 +134,8 @@ class GgufHeader:
         return size_bytes.most_common(1)[0][0]
 
 
-def read(path: Path) -> GgufHeader:
-    """The header of the GGUF file at ``path``.
+def read(path: Path, *, whole: bool = True) -> GgufHeader:
+    """The header of the GGUF file at ``path``; ``whole`` False: its weights may be missing.
 
     Raises SourceError if there is no regular file to read, VersionError for version 1, unknown
     versions and big-endian files, CorruptArtifactError for anything that breaks the format, points
@@ -150,7 +150,7 @@ def read(path: Path) -> GgufHeader:
             version = cursor.number(_U32)
             if version not in VERSIONS:
                 raise _unsupported(path, version)
-            return _whole_model(path, _header(cursor, version, size))
+            return _whole_model(path, _header(cursor, version, size, whole))
         except Malformed as error:
             raise CorruptArtifactError(
                 f"{path.name}: {error}", hint="download or export the file again"
@@ -177,7 +177,7 @@ def _unsupported(path: Path, version: int) -> VersionError:
     return VersionError(f"{path.name} {what}", hint="convert the model again, or export it anew")
 
 
-def _header(cursor: Cursor, version: int, size: int) -> GgufHeader:
+def _header(cursor: Cursor, version: int, size: int, whole: bool) -> GgufHeader:
     tensor_count, entry_count = cursor.number(_U64), cursor.number(_U64)
     if tensor_count > MAX_TENSORS or entry_count > MAX_ENTRIES:
         raise Malformed(f"announces {tensor_count} tensors and {entry_count} metadata entries")
@@ -190,13 +190,15 @@ def _header(cursor: Cursor, version: int, size: int) -> GgufHeader:
     gguf_vocab.check(metadata, kinds)
     relative = _tensors(cursor, tensor_count, alignment)
     data_offset = -(-cursor.position // alignment) * alignment
+    tensors = _placed(relative, data_offset, size if whole else MAX_INT64)
+    end = max((tensor.offset + tensor.size_bytes for tensor in tensors), default=data_offset)
     return GgufHeader(
         version=version,
         metadata=metadata,
-        tensors=_placed(relative, data_offset, size),
+        tensors=tensors,
         alignment=alignment,
         data_offset=data_offset,
-        file_size=size,
+        file_size=size if whole else max(size, end),
     )
 
 

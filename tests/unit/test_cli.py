@@ -16,13 +16,14 @@ import pytest
 
 from edgekit.cli import VERBS
 from edgekit.cli import cli as group
+from edgekit.cli.devices import SUBCOMMANDS
 
 CLI = Path(importlib.import_module("edgekit.cli").__file__ or "").parent
 
 
 def test_every_command_is_listed_and_every_listed_verb_exists() -> None:
     files = {path.stem for path in CLI.glob("*.py") if "def command(" in path.read_text()}
-    assert files == set(VERBS)
+    assert files == {*VERBS, *(f"devices_{name}" for name in SUBCOMMANDS)}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -30,6 +31,15 @@ def test_the_help_of_a_verb_starts_with_its_line_in_the_list(verb: str) -> None:
     command = group.get_command(click.Context(group), verb)
     assert command is not None and command.help is not None
     assert command.help.strip().splitlines()[0] == VERBS[verb]
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_help_of_a_subcommand_starts_with_its_line_in_the_list(name: str) -> None:
+    devices = group.get_command(click.Context(group), "devices")
+    assert isinstance(devices, click.Group)
+    command = devices.get_command(click.Context(devices), name)
+    assert command is not None and command.help is not None
+    assert command.help.strip().splitlines()[0] == SUBCOMMANDS[name]
 
 
 def test_an_unknown_verb_is_a_usage_error(cli: Any) -> None:

@@ -1,0 +1,115 @@
+"""The model to plan for, from as little as there is: config.json, a GGUF header, an artifact.
+
+Knows where the facts of a model stand; never reads a weight, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit import model_folder, quant, vision_cost
+from edgekit.artifact import Artifact, is_artifact
+from edgekit.errors import SourceError, UsageError
+from edgekit.formats import gguf, json_file
+from edgekit.formats.gguf import GgufHeader
+from edgekit.model_shape import header_of
+from edgekit.source import BUILT_IN, source
+from edgekit.tensor_types import retyped
+from edgekit.unsafe_config import refuse_code
+from edgekit.vision_cost import VisionCost
+
+_CONFIG_BYTES = 1 << 22
+_BITS = 4  # where neither the model nor the user says more
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A language model's header, or a vision model's cost; ``type`` is what its weights will be."""
+
+    name: str
+    type: str
+    header: GgufHeader | None = None
+    vision: VisionCost | None = None
+
+    def language(self) -> GgufHeader:
+        """The header; UsageError for a vision model."""
+        if self.header is None:
+            raise UsageError(f"{self.name} is a vision model")
+        return self.header
+
+
+def planned(
+    model: str | Path, *, bits: int | None = None, file_type: str | None = None
+) -> PlannedModel:
+    """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), a Hugging
+    Face folder or its config.json.
+
+    ``bits`` or ``file_type`` say what it would be exported to; without them a GGUF file stays as it
+    is, and others get 4 bits. Vision models have 8 or 32 bits.
+    Raises UsageError, SourceError, ArtifactError.
+    """
+    if bits is not None and file_type is not None:
+        raise UsageError("give --bits or --type, not both")
+    name = str(model)
+    path = Path(os.path.expanduser(model))
+    if name in BUILT_IN and not os.path.lexists(path):
+        path = source(name).path
+    elif not os.path.lexists(path):
+        raise SourceError(
+            f"{path} does not exist",
+            hint="give an artifact, a .gguf file, a folder with config.json, or smollm2-135m",
+        )
+    if is_artifact(path):
+        artifact = Artifact.open(path)
+        artifact.verify_sizes()
+        return _of_header(name, gguf.read(artifact.model_path), bits, file_type)
+    if os.path.isdir(path):
+        return _of_config(name, path / model_folder.CONFIG, bits, file_type)
+    if path.suffix.lower() == ".json":
+        return _of_config(name, path, bits, file_type)
+    if path.suffix.lower() == ".gguf":
+        with model_folder.as_source(path):
+            return _of_header(name, gguf.read(path, whole=False), bits, file_type)
+    raise SourceError(
+        f"{path} is no model that can be planned for",
+        hint="give an artifact, a .gguf file, or a folder with config.json",
+    )
+
+
+def in_type(model: PlannedModel, file_type: str) -> PlannedModel:
+    """The same language model as if it were exported to another type."""
+    header = retyped(model.language(), file_type)
+    return PlannedModel(model.name, file_type, header=header)
+
+
+def _wanted(bits: int | None, file_type: str | None) -> str | None:
+    if file_type is not None:
+        return quant.gguf_type(file_type)
+    return None if bits is None else quant.gguf_preset(bits).type
+
+
+def _of_header(
+    name: str, header: GgufHeader, bits: int | None, file_type: str | None
+) -> PlannedModel:
+    wanted = _wanted(bits, file_type)
+    if wanted is None:
+        return PlannedModel(name, header.main_type(), header=header)
+    return PlannedModel(name, wanted, header=retyped(header, wanted))
+
+
+def _of_config(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
+    config: Any = json_file.read(path, _CONFIG_BYTES)
+    if not isinstance(config, Mapping):
+        raise SourceError(f"{path} is not a JSON object")
+    refuse_code(config, origin=str(path))
+    if (image := vision_cost.cost(config)) is not None:
+        if file_type is not None or bits not in (None, 8, 32):
+            raise UsageError("a vision model is planned with --bits 8 or --bits 32")
+        return PlannedModel(name, "int8" if bits == 8 else "F32", vision=image)
+    wanted = _wanted(_BITS if bits is None and file_type is None else bits, file_type)
+    assert wanted is not None
+    return PlannedModel(name, wanted, header=retyped(header_of(config), wanted))
