@@ -19,9 +19,11 @@ from edgekit import __version__, machine, telemetry
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import FORMAT, Model, opened
 from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
+from edgekit.bench_prediction import predicted, profile_of
 from edgekit.bench_side import EngineSide, Sample, SessionSide
 from edgekit.bench_verdict import judged
 from edgekit.compare import Comparison, between, check, within
+from edgekit.device_config import LOCAL
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.registry import RUNTIME_OF_FORMAT
@@ -42,6 +44,7 @@ _CLOCK_FALL = 0.85
 
 def bench(
     *models: Artifact | str | Path,
+    names: Sequence[str] = (),
     probe: bool = True,
     progress: Progress = no_progress,
     **sweep: Any,
@@ -50,7 +53,8 @@ def bench(
 
     Every combination of a model, thread count, cache type and batch has a process of its own; their
     repetitions take turns, so that what disturbs the machine disturbs all of them. ``probe`` False
-    leaves out the verdict, and the measurement of the machine's limits that it needs.
+    leaves out the verdict, and the measurement of the machine's limits that it needs. ``names`` are
+    what the report calls the models, in place of their files' names.
     Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
     """
     try:
@@ -59,10 +63,15 @@ def bench(
         raise UsageError(f"bench() {str(error).partition(') ')[2]}") from None
     if not models:
         raise UsageError("which model?", hint="edgekit bench ARTIFACT")
-    before = telemetry.conditions(machine.root())
-    found = opened(models, progress)
+    root = machine.root()
+    profile = profile_of(LOCAL, machine.board(root), machine.memory(root).total_bytes)
+    before = telemetry.conditions(root)
+    found = opened(models, progress, names)
     report = _Run(found, asked, progress).report(before)
-    return judged(report, found, progress) if probe else report
+    if probe:
+        report = judged(report, found, progress)
+    headers = {model.facts.name: model.header for model in found}
+    return predicted(report, headers, profile)
 
 
 def bench_against(
@@ -118,19 +127,20 @@ class _Run:
 
     def report(self, before: telemetry.Conditions) -> BenchReport:
         """Measure all, and put it together."""
-        with ExitStack() as children:
+        root = machine.root()
+        with ExitStack() as children, telemetry.Recorder(root) as recorder:
             sessions = self._sessions(children)
             sides = self._sides(children)
             self._take_turns(sides, sessions)
             rows = tuple(
-                _row(side, test, samples)
+                _row(side, test, samples, recorder)
                 for side in sides
                 for test, samples in side.samples.items()
             )
-            session_rows = tuple(side.row() for side in sessions)
-        root = machine.root()
+            session_rows = tuple(side.row(recorder) for side in sessions)
         report = BenchReport(
             taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            device=None,
             edgekit=__version__,
             machine=_machine_facts(root),
             engine=EngineFacts(RUNTIME_OF_FORMAT[FORMAT], **self._engine),
@@ -142,6 +152,8 @@ class _Run:
             rows=rows,
             sessions=session_rows,
             verdicts=(),
+            moments=recorder.moments,
+            profile=None,
         )
         return replace(report, remarks=(*self._remarks, *self._what_to_mind(report)))
 
@@ -212,7 +224,12 @@ class _Run:
         if report.busy:
             yield f"the machine was busy: {report.busy}"
         if report.throttled:
-            yield "the processor was throttled during the run: the figures are too low"
+            left = sum(len(row.throttled_s) for row in report.rows)
+            yield (
+                f"the processor was throttled: {left} repetitions are left out of all figures"
+                if all(row.throttled_s or not row.throttled for row in report.rows)
+                else "the processor was throttled during the run: the figures are too low"
+            )
         if self._clocks and min(self._clocks) < _CLOCK_FALL * max(self._clocks):
             low, high = min(self._clocks), max(self._clocks)
             yield f"the clock fell from {high:.0f} to {low:.0f} MHz between the turns"
@@ -259,14 +276,19 @@ def _machine_facts(root: Path) -> MachineFacts:
         board=machine.board(root),
         memory_bytes=machine.memory(root).total_bytes,
         kernel=platform.release(),
+        emulated=False,
     )
 
 
-def _row(side: EngineSide, test: Test, samples: Sequence[Sample]) -> BenchRow:
-    strains = [sample.strain for sample in samples]
+def _row(
+    side: EngineSide, test: Test, samples: Sequence[Sample], recorder: telemetry.Recorder
+) -> BenchRow:
+    slow = [_throttled(sample, recorder) for sample in samples]
+    # Where it never ran freely there is nothing else to show.
+    kept = [s for s, bad in zip(samples, slow, strict=True) if not bad] or samples
+    strains = [sample.strain for sample in kept]
     energies = [strain.energy_j for strain in strains if strain.energy_j is not None]
-    throttled = [strain.throttled for strain in strains if strain.throttled is not None]
-    seconds = [sample.seconds for sample in samples]
+    seconds = [sample.seconds for sample in kept]
     return BenchRow(
         model=side.facts.name,
         model_type=side.facts.type,
@@ -280,13 +302,21 @@ def _row(side: EngineSide, test: Test, samples: Sequence[Sample]) -> BenchRow:
         kv_type=side.setting.kv_type,
         flash_attention=side.sweep.flash_attention,
         samples_s=tuple(seconds),
-        step_ms=tuple(ms for sample in samples for ms in sample.step_ms),
+        step_ms=tuple(ms for sample in kept for ms in sample.step_ms),
         peak_rss_bytes=side.peak_rss_bytes,
-        energy_j=sum(energies) if len(energies) == len(samples) else None,
+        energy_j=sum(energies) if len(energies) == len(kept) else None,
         others_share=_weighted([strain.others_share for strain in strains], seconds),
         steal_share=_weighted([strain.steal_share for strain in strains], seconds),
-        throttled=any(throttled) if throttled else None,
+        throttled=None if set(slow) == {None} else any(slow),
+        throttled_s=tuple(sample.seconds for sample in samples if sample not in kept),
     )
+
+
+def _throttled(sample: Sample, recorder: telemetry.Recorder) -> bool | None:
+    """What the counters say of a repetition, or the looks of every second; None if neither does."""
+    told = [sample.strain.throttled, recorder.throttled(sample.began_s, sample.ended_s)]
+    known = [answer for answer in told if answer is not None]
+    return any(known) if known else None
 
 
 def _weighted(shares: Sequence[float | None], seconds: Sequence[float]) -> float | None:

@@ -37,13 +37,21 @@ class Model:
         return trained if isinstance(trained, int) and trained > 0 else _UNTOLD_CONTEXT
 
 
-def opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[Model]:
-    """The models, each with a name of its own. Raises ArtifactError, SourceError, UsageError."""
+def opened(
+    models: Sequence[Artifact | str | Path], progress: Progress, names: Sequence[str] = ()
+) -> list[Model]:
+    """The models, each with a name of its own, which ``names`` may give.
+
+    Raises ArtifactError, SourceError, UsageError.
+    """
+    if names and len(names) != len(models):
+        raise UsageError("names must be as many as models")
     found: list[Model] = []
-    for given in models:
+    for number, given in enumerate(models):
         artifact, shown, path = _located(given)
         header = gguf.read(path)
-        name = _unique(shown.resolve().name, [model.facts.name for model in found])
+        called = names[number] if names else shown.resolve().name
+        name = _unique(called, [model.facts.name for model in found])
         kind = artifact.manifest.recipe.type if artifact else header.main_type()
         found.append(
             Model(

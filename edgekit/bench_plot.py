@@ -31,6 +31,14 @@ _SHORT: dict[str, Callable[[BenchRow], str]] = {
     "n_gen": lambda row: f"tg{row.n_gen}",
 }
 _LEGEND_BELOW = 4  # series; more make their picture taller
+# What is drawn of every second: (words, field of a Moment, factor).
+_FELT = (
+    ("temperature, °C", "temperature_c", 1.0),
+    ("clock, GHz", "clock_mhz", 1e-3),
+    ("power, W", "power_w", 1.0),
+)
+_FELT_IN = 1.5
+_ALARM = "#D55E00"
 
 
 def draw(report: BenchReport, path: Path) -> None:
@@ -42,8 +50,12 @@ def draw(report: BenchReport, path: Path) -> None:
     if not any(_axis(rows) for _, rows in panels):
         height_in = 1.9 + 0.34 * series
     width_in = 4.6 * len(panels) if len(panels) > 1 else 6.0
-    with plot.figure(path, width_in=width_in, height_in=height_in) as drawn:
-        axes = drawn.subplots(1, len(panels), squeeze=False)[0]
+    felt = _felt(report)
+    heights = [height_in, _FELT_IN] if felt else [height_in]
+    with plot.figure(path, width_in=width_in, height_in=sum(heights)) as drawn:
+        grid = drawn.add_gridspec(len(heights), 1, height_ratios=heights)
+        places = grid[0].subgridspec(1, len(panels))
+        axes = [drawn.add_subplot(places[number]) for number in range(len(panels))]
         for axis, (title, rows) in zip(axes, panels, strict=True):
             axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
             varied = _axis(rows)
@@ -55,7 +67,34 @@ def draw(report: BenchReport, path: Path) -> None:
         if not any(_axis(rows) for _, rows in panels) and names[0] == names[-1]:
             for axis in axes[1:]:  # the bars of the left panel name these too
                 axis.set_yticklabels([])
+        for number, (words, field, factor) in enumerate(felt):
+            place = grid[1].subgridspec(1, len(felt))[number]
+            _second_by_second(drawn.add_subplot(place), report, words, field, factor)
         drawn.supxlabel(_caption(report), fontsize=7, color="#555555", x=0.01, ha="left")
+
+
+def _felt(report: BenchReport) -> list[tuple[str, str, float]]:
+    """What of the telemetry this machine told more than once."""
+    return [
+        entry
+        for entry in _FELT
+        if sum(getattr(moment, entry[1]) is not None for moment in report.moments) > 1
+    ]
+
+
+def _second_by_second(
+    axis: Any, report: BenchReport, words: str, field: str, factor: float
+) -> None:
+    """A figure of the telemetry over the run; red where the processor was throttled."""
+    seen = [moment for moment in report.moments if getattr(moment, field) is not None]
+    times = [moment.at_s for moment in seen]
+    axis.plot(times, [getattr(moment, field) * factor for moment in seen], linewidth=1.1)
+    for moment in report.moments:
+        if moment.throttling:
+            axis.axvspan(moment.at_s - 0.5, moment.at_s + 0.5, color=_ALARM, alpha=0.2, lw=0)
+    axis.set_title(words, loc="left", fontsize=8)
+    axis.set_xlabel("s", fontsize=8)
+    axis.tick_params(labelsize=7)
 
 
 def _panels(report: BenchReport) -> list[tuple[str, list[BenchRow]]]:
@@ -77,6 +116,10 @@ def _caption(report: BenchReport) -> str:
         f"{report.engine.name} {report.engine.version}",
         f"{len(report.rows[0].samples_s)} repetitions: mean ± sd, dots are samples",
     ]
+    if machine.emulated:
+        words.append("EMULATED: no real board's times")
+    if report.device:
+        words.insert(0, report.device)
     if report.busy:
         words.append("on a BUSY machine")
     if report.throttled:

@@ -5,11 +5,12 @@ Knows tests and turns; never how the engine is driven, that is ``bench_worker``'
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import _proc, errors, telemetry
+from edgekit import _proc, telemetry
 from edgekit.bench_plan import Setting, Sweep, Test
 from edgekit.errors import EngineCrashedError
 from edgekit.report import ModelFacts, SessionRow
@@ -40,12 +41,7 @@ class Child:
                 f"the process of {self._what} died or hung while it did '{call}'",
                 hint="a process that dies at once is often out of memory: see `dmesg`",
             )
-        if "value" in answer:
-            return answer["value"]
-        kind = getattr(errors, answer["error"], EngineCrashedError)
-        if kind is errors.MissingExtraError:
-            raise errors.MissingExtraError(answer["extra"], missing=answer["missing"])
-        raise kind(answer["message"], hint=answer["hint"])
+        return _proc.value_of(answer)
 
     def close(self) -> None:
         """End the process; closing twice is fine."""
@@ -54,11 +50,16 @@ class Child:
 
 @dataclass(frozen=True)
 class Sample:
-    """One repetition: seconds of all, milliseconds of each step, and what the machine felt."""
+    """One repetition: seconds of all, milliseconds of each step, and what the machine felt.
+
+    ``began_s`` and ``ended_s`` are times of ``time.monotonic``.
+    """
 
     seconds: float
     step_ms: tuple[float, ...]
     strain: Strain
+    began_s: float
+    ended_s: float
 
 
 class EngineSide:
@@ -119,6 +120,7 @@ class EngineSide:
         return sample.seconds * (test.n_gen / steps if steps else 1)
 
     def _sample(self, child: Child, test: Test) -> Sample:
+        began_s = time.monotonic()
         if test.n_prompt:
             seen = child.ask("prefill", n_tokens=test.n_prompt)
         else:
@@ -128,6 +130,8 @@ class EngineSide:
             seconds=seen["seconds"],
             step_ms=tuple(seen.get("step_ms", ())),
             strain=telemetry.strain(before, after, seen["own_cpu_s"]),
+            began_s=began_s,
+            ended_s=time.monotonic(),
         )
 
     def _end_turn(self, child: Child) -> None:
@@ -144,6 +148,16 @@ class EngineSide:
         if self._child is not None:
             self._child.close()
             self._child = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A session's turn: the time to the first token, and the pace, where they mean something."""
+
+    began_s: float
+    ended_s: float
+    ttft_s: float | None
+    tok_s: float | None
 
 
 class SessionSide:
@@ -173,8 +187,7 @@ class SessionSide:
         self._cold: dict[str, Any] = {}
         self._warm_s = 0.0
         self._prompt_tokens = self._answer_tokens = 0
-        self._ttft_s: list[float] = []
-        self._tok_s: list[float] = []
+        self._turns: list[_Turn] = []
 
     def threads(self) -> tuple[int, int]:
         """What ``edgekit.load`` takes for decode and for prefill."""
@@ -200,8 +213,7 @@ class SessionSide:
         self._cold = child.ask("open", cold=True, **call)
         self._warm_s = child.ask("open", cold=False, **call)["seconds"]
         self.take_turn()
-        self._ttft_s.clear()
-        self._tok_s.clear()
+        self._turns.clear()
 
     def _opened(self) -> Child:
         if self._child is None:
@@ -210,23 +222,28 @@ class SessionSide:
 
     def take_turn(self) -> None:
         """One first token and one answer, from an empty cache."""
+        began_s = time.monotonic()
+        ttft_s = tok_s = None
         child = self._opened()
         self.turn_s = 0.0
         if self._prompt:
             seen = child.ask("first_token", n_tokens=self._prompt)
-            self._ttft_s.append(seen["seconds"])
+            ttft_s = seen["seconds"]
             self._prompt_tokens = seen["prompt_tokens"]
             self.turn_s += seen["seconds"]
         if self._answer:
             seen = child.ask("answer", n_tokens=self._answer, depth=self._depth)
             self._answer_tokens = seen["tokens"]
             if seen["tokens"] >= _FEWEST_TOKENS:
-                self._tok_s.append(seen["tok_s"])
+                tok_s = seen["tok_s"]
             self.turn_s += seen["seconds"]
+        self._turns.append(_Turn(began_s, time.monotonic(), ttft_s, tok_s))
         child.ask("rest")
 
-    def row(self) -> SessionRow:
-        """What was found."""
+    def row(self, recorder: telemetry.Recorder) -> SessionRow:
+        """What was found, without the turns in which the processor was throttled, if others are."""
+        free = [turn for turn in self._turns if not recorder.throttled(turn.began_s, turn.ended_s)]
+        turns = free or self._turns
         return SessionRow(
             model=self.facts.name,
             n_threads=self._threads,
@@ -237,8 +254,8 @@ class SessionSide:
             cold_load_s=None if self._cold["note"] else self._cold["seconds"],
             cold_note=self._cold["note"],
             warm_load_s=self._warm_s,
-            ttft_s=tuple(self._ttft_s),
-            decode_tok_s=tuple(self._tok_s),
+            ttft_s=tuple(turn.ttft_s for turn in turns if turn.ttft_s is not None),
+            decode_tok_s=tuple(turn.tok_s for turn in turns if turn.tok_s is not None),
             peak_rss_bytes=self._opened().ask("peak_rss_bytes"),
         )
 

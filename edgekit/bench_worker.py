@@ -6,6 +6,7 @@ Knows the runtime and the machine's counters; never which tests there are, or wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -15,8 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from edgekit import machine, telemetry
-from edgekit.errors import EdgekitError, MissingExtraError
+from edgekit import _proc, machine, telemetry
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.runtime import Session, load
 
@@ -35,22 +35,8 @@ def serve() -> None:
     answers.write(b"{}\n")
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        try:
-            value = getattr(child, request["call"])(**request["arguments"])
-            answer: dict[str, Any] = {"value": value}
-        except EdgekitError as error:
-            answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-            if isinstance(error, MissingExtraError):
-                answer |= {"extra": error.extra, "missing": error.missing}
-        except Exception as error:  # the fence: see ``_proc``
-            answer = {
-                "error": "EngineCrashedError",
-                "message": f"the engine failed: {type(error).__name__}: {error}",
-                "hint": None,
-            }
-        data = json.dumps(answer).encode() + b"\n"
-        while data:
-            data = data[answers.write(data) :]
+        call = functools.partial(getattr(child, request["call"]), **request["arguments"])
+        _proc.write_all(answers, json.dumps(_proc.answer_of(call)).encode() + b"\n")
     os._exit(0)  # without the engine's own clean-up
 
 

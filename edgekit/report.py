@@ -17,9 +17,9 @@ from edgekit import typed_json
 from edgekit.errors import UsageError, VersionError
 from edgekit.formats import json_file
 from edgekit.formats.foreign import Malformed, read_whole
-from edgekit.telemetry import Conditions
+from edgekit.telemetry import Conditions, Moment
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "edgekit bench"
 _MAX_BYTES = 32 << 20
 # A spread of normal noise is 1.4826 times its median absolute deviation.
@@ -35,7 +35,10 @@ _SHORTEST, _MOST = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What the figures were taken on; no name, no address. ``usable_cores`` were ours to use."""
+    """What the figures were taken on; no address. ``usable_cores`` were ours to use.
+
+    The times of an ``emulated`` machine say nothing of a real one.
+    """
 
     cpu: str | None
     architecture: str
@@ -44,6 +47,7 @@ class MachineFacts:
     board: str | None
     memory_bytes: int | None
     kernel: str
+    emulated: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class BenchRow:
     ``peak_rss_bytes`` is what the process held at most, in all tests of the setting.
     ``energy_j`` is that of the processor package in all repetitions; None where it cannot be told.
     The shares are parts of all processors' time: of other processes, and taken by the host.
+    ``throttled``: the processor slowed itself down in some repetition. Those are in no other
+    figure, and their seconds are ``throttled_s``; where it did so in all, none is left out.
+    ``predicted_tok_s`` is what `edgekit plan` says of it: low, mid, high, or nothing.
     """
 
     model: str
@@ -97,6 +104,8 @@ class BenchRow:
     others_share: float | None = None
     steal_share: float | None = None
     throttled: bool | None = None
+    throttled_s: tuple[float, ...] = ()
+    predicted_tok_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if bool(self.n_prompt) == bool(self.n_gen):
@@ -105,7 +114,9 @@ class BenchRow:
         tokens = (self.n_prompt, self.n_gen, self.n_depth)
         if min(counts) < 1 or min(tokens) < 0 or max(*tokens, self.n_seqs) > _MOST:
             raise UsageError("a count is out of bounds")
-        times = (*self.samples_s, *self.step_ms)
+        times = (*self.samples_s, *self.step_ms, *self.throttled_s)
+        if len(self.predicted_tok_s) not in (0, 3) or min(self.predicted_tok_s, default=0) < 0:
+            raise UsageError("a prediction is low, mid and high")
         if not self.samples_s or not all(_SHORTEST <= time <= _MOST for time in times):
             raise UsageError("a row needs samples, and times that can be")
 
@@ -229,9 +240,14 @@ class VerdictRow:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """A whole run. ``energy_note`` says why there are no energies; ``remarks`` what to mind."""
+    """A whole run. ``energy_note`` says why there are no energies; ``remarks`` what to mind.
+
+    ``device`` is the user's name of the board it ran on, None for the machine that asked;
+    ``moments`` are what the machine felt, second by second. Predictions are those for ``profile``.
+    """
 
     taken_at: str
+    device: str | None
     edgekit: str
     machine: MachineFacts
     engine: EngineFacts
@@ -243,6 +259,8 @@ class BenchReport:
     rows: tuple[BenchRow, ...]
     sessions: tuple[SessionRow, ...]
     verdicts: tuple[VerdictRow, ...]
+    moments: tuple[Moment, ...]
+    profile: str | None
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
@@ -321,17 +339,30 @@ def parse(raw: bytes, *, origin: str) -> BenchReport:
             f"{origin} has schema {schema}, this edgekit knows up to {SCHEMA}",
             hint="upgrade edgekit",
         )
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise UsageError(f"{origin} is no report of edgekit bench: its schema is {schema!a}")
     for name in ("rows", "sessions"):
         rows = body.get(name)
         for row in rows if isinstance(rows, list) else ():
             if isinstance(row, dict):
                 row.pop("summary", None)
+    if schema == 1:
+        _from_schema_1(body)
     try:
         return typed_json.read(BenchReport, body, "the report")
     except typed_json.Mismatch as error:
         raise UsageError(f"{origin}: {error}") from None
+
+
+def _from_schema_1(body: dict[str, Any]) -> None:
+    """What reports without a device and its telemetry lack."""
+    body |= {"device": None, "moments": [], "profile": None}
+    if isinstance(body.get("machine"), dict):
+        body["machine"]["emulated"] = False
+    rows = body.get("rows")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict):
+            row |= {"throttled_s": [], "predicted_tok_s": []}
 
 
 def standard_deviation(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from edgekit.report import BenchReport, BenchRow, SessionRow
+from edgekit.telemetry import Moment
 
 HEAD = ("model", "threads", "kv", "test", "tok/s", "±", "p50 ms", "p95 ms", "p99 ms", "peak RSS")
 SESSION_HEAD = ("model", "threads", "load cold", "load warm", "TTFT", "decode tok/s", "peak RSS")
@@ -18,21 +19,37 @@ _MIB = 1 << 20
 
 
 def head(report: BenchReport) -> tuple[str, ...]:
-    """The columns of ``cells``; energy only where the machine told it."""
-    return (*HEAD, "J/token") if _has_energy(report) else HEAD
+    """The columns of ``cells``; energy and predictions only where there are any."""
+    return _head(_has_energy(report), _has_prediction(report))
 
 
 def cells(report: BenchReport) -> list[tuple[str, ...]]:
     """One line a row; milliseconds are those of a token."""
-    energy = _has_energy(report)
-    return [_cells(row, energy=energy) for row in report.rows]
+    energy, prediction = _has_energy(report), _has_prediction(report)
+    return [_cells(row, energy=energy, prediction=prediction) for row in report.rows]
+
+
+def _head(energy: bool, prediction: bool) -> tuple[str, ...]:
+    return HEAD + ("predicted",) * prediction + ("J/token",) * energy
+
+
+def _has_prediction(report: BenchReport) -> bool:
+    return any(row.predicted_tok_s for row in report.rows)
+
+
+def _prediction(row: BenchRow) -> str:
+    """``12.3 (+4%)``: the prediction, and how far the measurement is from it."""
+    if not row.predicted_tok_s:
+        return "-"
+    mid = row.predicted_tok_s[1]
+    return f"{figure(mid)} ({row.tok_s / mid - 1:+.0%})" if mid else "-"
 
 
 def _has_energy(report: BenchReport) -> bool:
     return any(row.energy_j is not None for row in report.rows)
 
 
-def _cells(row: BenchRow, *, energy: bool) -> tuple[str, ...]:
+def _cells(row: BenchRow, *, energy: bool, prediction: bool) -> tuple[str, ...]:
     line = (
         row.model,
         str(row.n_threads),
@@ -43,6 +60,8 @@ def _cells(row: BenchRow, *, energy: bool) -> tuple[str, ...]:
         *(figure(row.ms_per_token(percent)) for percent in (50, 95, 99)),
         mib(row.peak_rss_bytes),
     )
+    if prediction:
+        line = (*line, _prediction(row))
     if energy:
         joules = row.energy_j_per_token
         line = (*line, "-" if joules is None else figure(joules))
@@ -84,6 +103,10 @@ def mib(size_bytes: int | None) -> str:
 def machine_lines(report: BenchReport) -> Iterator[tuple[str, str]]:
     """What the report was taken on, as (name, value)."""
     machine, engine = report.machine, report.engine
+    if report.device:
+        yield "device", report.device
+    if machine.emulated:
+        yield "emulated", "yes: these times say nothing of a real board"
     if machine.board:
         yield "board", machine.board
     yield "processor", f"{machine.cpu or machine.architecture}, {machine.cores} cores"
@@ -94,6 +117,8 @@ def machine_lines(report: BenchReport) -> Iterator[tuple[str, str]]:
     yield "kernel", machine.kernel
     yield "engine", f"{engine.name} {engine.version}, {engine.backend or 'fixed CPU backend'}"
     yield "edgekit", report.edgekit
+    if report.profile:
+        yield "predicted for", f"profile {report.profile}, tok/s (measured against it)"
     before, after = report.before, report.after
     if before.governor:
         yield "governor", before.governor
@@ -104,11 +129,46 @@ def machine_lines(report: BenchReport) -> Iterator[tuple[str, str]]:
             yield words[name], f"{first:.4g}{unit} before, {last:.4g}{unit} after"
     if after.throttling is not None:
         yield "throttling", ", ".join(after.throttling) or "none"
+    yield from _during(report.moments)
     if report.energy_note:
         yield "energy", f"not measured: {report.energy_note}"
     for model in report.models:
         size = f"{model.size_bytes / 1e6:.1f} MB"
         yield f"file of {model.name}", f"{size}, {model.type}, SHA-256 {model.sha256}"
+
+
+def _during(moments: Sequence[Moment]) -> Iterator[tuple[str, str]]:
+    """The range of what was looked at every second, where a second look was possible."""
+    for field, words, unit, factor in (
+        ("temperature_c", "temperature", " °C", 1),
+        ("clock_mhz", "clock", " MHz", 1),
+        ("power_w", "power", " W", 1),
+        ("available_bytes", "free memory", " MiB", 1 / _MIB),
+        ("memory_pressure", "waited for memory", " %", 1),
+        ("io_pressure", "waited for the disk", " %", 1),
+    ):
+        seen = [value * factor for m in moments if (value := getattr(m, field)) is not None]
+        if len(seen) > 1 and (max(seen) > 0 or unit != " %"):
+            mean = f", {statistics.fmean(seen):.2f}{unit} on average" if field == "power_w" else ""
+            yield f"{words} during it", f"{min(seen):.4g} to {max(seen):.4g}{unit}{mean}"
+    words_seen = {word for moment in moments for word in moment.throttling or ()}
+    if words_seen:
+        slow = sum(bool(moment.throttling) for moment in moments)
+        yield "throttled", f"{slow} of {len(moments)} s: {', '.join(sorted(words_seen))}"
+
+
+def side_by_side(reports: dict[str, BenchReport]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and lines of one table for the same bench on several devices."""
+    energy = any(_has_energy(report) for report in reports.values())
+    prediction = any(_has_prediction(report) for report in reports.values())
+    columns = ("device", *_head(energy, prediction))
+    lines = []
+    for name, report in reports.items():
+        for row in report.rows:
+            mark = " (emulated)" if report.machine.emulated else ""
+            mark += " (throttled)" if row.throttled else ""
+            lines.append((name + mark, *_cells(row, energy=energy, prediction=prediction)))
+    return columns, lines
 
 
 def markdown(report: BenchReport) -> str:
@@ -157,7 +217,8 @@ def as_csv(report: BenchReport) -> str:
             *_COLUMNS,
             *(f"ms_per_token_p{percent}" for percent in percents),
             *("repetitions", "outliers", "peak_rss_bytes", "energy_j_per_token"),
-            *("others_share", "steal_share", "throttled", "model_sha256", "cpu", "engine_version"),
+            *("others_share", "steal_share", "throttled", "throttled_repetitions"),
+            *("model_sha256", "cpu", "engine_version", "device", "emulated"),
         ]
     )
     for row in report.rows:
@@ -165,8 +226,9 @@ def as_csv(report: BenchReport) -> str:
             *(getattr(row, name) for name in _COLUMNS),
             *(row.ms_per_token(percent) for percent in percents),
             *(len(row.samples_s), len(row.outliers), row.peak_rss_bytes, row.energy_j_per_token),
-            *(row.others_share, row.steal_share, row.throttled, report.model(row.model).sha256),
-            *(report.machine.cpu, report.engine.version),
+            *(row.others_share, row.steal_share, row.throttled, len(row.throttled_s)),
+            *(report.model(row.model).sha256, report.machine.cpu, report.engine.version),
+            *(report.device, report.machine.emulated),
         ]
         writer.writerow([_safe(cell) for cell in line])
     return out.getvalue()

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from edgekit import _proc
+from edgekit.errors import EdgekitError
 
 _TICKS_S = os.sysconf("SC_CLK_TCK")
 # Bits of the Raspberry Pi firmware's get_throttled: now, and 16 bits higher "since the start".
@@ -21,6 +26,10 @@ PI_THROTTLING = {
     2: "throttled",
     3: "soft temperature limit",
 }
+_MOST_MOMENTS = 3600
+_VCGENCMD_S = 2.0
+_REFUSED: set[tuple[object, ...]] = set()
+_PI5_FACTOR, _PI5_OFFSET_W = 1.1451, 0.5879
 _PI_FILE = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _CPUS = "sys/devices/system/cpu"
 
@@ -74,15 +83,98 @@ class Strain:
     throttled: bool | None
 
 
+@dataclass(frozen=True)
+class Moment:
+    """One look of those that are taken every second while work runs; ``at_s`` after the first.
+
+    A pressure is the percentage of the last 10 s in which somebody had to wait for the CPU, for
+    memory or for the disk (https://docs.kernel.org/accounting/psi.html). ``power_w`` is what a
+    Raspberry Pi 5 takes from its supply.
+    """
+
+    at_s: float
+    temperature_c: float | None
+    clock_mhz: float | None
+    throttling: tuple[str, ...] | None
+    cpu_pressure: float | None
+    memory_pressure: float | None
+    io_pressure: float | None
+    available_bytes: int | None
+    power_w: float | None
+
+
+class Recorder:
+    """Looks at the machine every second, in a thread, from ``with`` to its end."""
+
+    def __init__(self, root: Path, *, every_s: float = 1.0) -> None:
+        self._root = root
+        self._every_s = every_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._seen: list[tuple[float, Moment]] = []
+
+    def __enter__(self) -> Recorder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        while True:
+            now = time.monotonic()
+            self._seen.append((now, moment(self._root, now - began)))
+            # At whole seconds, however long a look takes.
+            if self._done.wait(self._every_s - (time.monotonic() - began) % self._every_s):
+                return
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """What was seen, oldest first; of a very long run only every n-th look."""
+        looks = [look for _, look in self._seen]
+        return tuple(looks[:: 1 + len(looks) // _MOST_MOMENTS])
+
+    def throttled(self, began_s: float, ended_s: float) -> bool | None:
+        """Whether anything slowed the processor down between two times of ``time.monotonic``.
+
+        None if no look that could tell fell in between, or just before or after.
+        """
+        near = [
+            bool(look.throttling)
+            for at, look in self._seen
+            if began_s - self._every_s <= at <= ended_s + self._every_s
+            and look.throttling is not None
+        ]
+        return any(near) if near else None
+
+
 def conditions(root: Path) -> Conditions:
     """How the machine is right now."""
     return Conditions(
         load_1m=_load(root),
-        clock_mhz=_mhz(root, "scaling_cur_freq"),
+        clock_mhz=_mhz(root, "scaling_cur_freq") or _pi_clock_mhz(root),
         top_clock_mhz=_mhz(root, "cpuinfo_max_freq"),
         governor=_text(root / _CPUS / "cpu0/cpufreq/scaling_governor"),
         temperature_c=_temperature(root),
         throttling=_throttling_now(root),
+    )
+
+
+def moment(root: Path, at_s: float) -> Moment:
+    """How the machine is right now, for a series."""
+    available = re.search(r"MemAvailable:\s+(\d{1,15}) kB", _text(root / "proc/meminfo") or "")
+    return Moment(
+        at_s=round(at_s, 3),
+        temperature_c=_temperature(root),
+        clock_mhz=_mhz(root, "scaling_cur_freq") or _pi_clock_mhz(root),
+        throttling=_throttling_now(root),
+        cpu_pressure=_pressure(root, "cpu"),
+        memory_pressure=_pressure(root, "memory"),
+        io_pressure=_pressure(root, "io"),
+        available_bytes=int(available[1]) << 10 if available else None,
+        power_w=_pi_power_w(root),
     )
 
 
@@ -156,13 +248,64 @@ def _temperature(root: Path) -> float | None:
     zones = (root / "sys/class/thermal").glob("thermal_zone*/temp")
     sensors = (root / "sys/class/hwmon").glob("hwmon*/temp*_input")
     found = [milli / 1e3 for file in (*zones, *sensors) if (milli := _number(file)) is not None]
+    if not found and (told := re.match(r"temp=(\d{1,3}\.\d+)", _vcgencmd(root, "measure_temp"))):
+        found = [float(told[1])]
     # A sensor that is switched off reads zero, or absurd.
     return max((celsius for celsius in found if 0 < celsius < 150), default=None)
 
 
 def _pi_bits(root: Path) -> int | None:
     text = _text(root / _PI_FILE) or ""
+    if not text:
+        text = _vcgencmd(root, "get_throttled").strip().removeprefix("throttled=")
     return int(text, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", text) else None
+
+
+def _pressure(root: Path, what: str) -> float | None:
+    text = _text(root / "proc/pressure" / what) or ""
+    found = re.match(r"some avg10=(\d{1,3}\.\d+) ", text, re.ASCII)
+    return float(found[1]) if found else None
+
+
+def _vcgencmd(root: Path, *words: str) -> str:
+    """What the Raspberry Pi's firmware answers; nothing where there is none, or it refuses.
+
+    Its program takes some milliseconds of a core: it is asked only for what no file tells, and
+    never again for what it refused.
+    """
+    program = root / "usr/bin/vcgencmd"
+    asked = (program, *words)
+    if asked in _REFUSED or not program.is_file():
+        return ""
+    try:
+        answer = _proc.run([str(program), *words], timeout_s=_VCGENCMD_S)
+    except EdgekitError:
+        answer = "error=1"
+    if "error=" in answer:
+        _REFUSED.add(asked)
+        return ""
+    return answer
+
+
+def _pi_clock_mhz(root: Path) -> float | None:
+    found = re.match(r"frequency\(\d+\)=(\d{1,12})", _vcgencmd(root, "measure_clock", "arm"))
+    return int(found[1]) / 1e6 if found else None
+
+
+def _pi_power_w(root: Path) -> float | None:
+    """Volts times amperes of all rails, and what a fit to a meter at the plug adds to them.
+
+    The fit: https://github.com/jfikar/RPi5-power
+    """
+    text = _vcgencmd(root, "pmic_read_adc")
+    found = re.findall(r"(\w+)_([AV]) (?:current|volt)\(\d+\)=(\d{1,4}\.\d+)[AV]", text, re.ASCII)
+    amperes = {rail: float(value) for rail, kind, value in found if kind == "A"}
+    volts = {rail: float(value) for rail, kind, value in found if kind == "V"}
+    both = amperes.keys() & volts.keys()
+    if not both:
+        return None
+    rails_w = sum(amperes[rail] * volts[rail] for rail in both)
+    return round(rails_w * _PI5_FACTOR + _PI5_OFFSET_W, 3)
 
 
 def _throttling_now(root: Path) -> tuple[str, ...] | None:

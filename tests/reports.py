@@ -14,7 +14,7 @@ from edgekit.report import (
     SessionRow,
     VerdictRow,
 )
-from edgekit.telemetry import Conditions
+from edgekit.telemetry import Conditions, Moment
 
 _IDLE = Conditions(0.1, None, None, "performance", 50.0, ())
 
@@ -50,8 +50,11 @@ def made(name: str = "a.gguf", **fields: Any) -> BenchReport:
     """A whole report of one model; ``fields`` are of its rows."""
     return BenchReport(
         taken_at="2026-01-01T00:00:00+00:00",
+        device="kitchen",
         edgekit="0.1.0",
-        machine=MachineFacts("Cortex-A76", "aarch64", 4, 4, "Raspberry Pi 5", 8 << 30, "6.12"),
+        machine=MachineFacts(
+            "Cortex-A76", "aarch64", 4, 4, "Raspberry Pi 5", 8 << 30, "6.12", False
+        ),
         engine=EngineFacts("llamacpp", "0.3.36", None),
         models=(ModelFacts(name, "ab" * 32, 91_000_000, "Q4_0", "llama", 134_515_008),),
         before=_IDLE,
@@ -67,4 +70,9 @@ def made(name: str = "a.gguf", **fields: Any) -> BenchReport:
         verdicts=(
             VerdictRow(name, "memory", 0.7, "memory-bound at 70%", ("pp512: x",), ("e",), ("a",)),
         ),
+        moments=(
+            Moment(0.0, 48.5, 2400.0, (), 0.0, 0.0, 0.0, 7 << 30, 3.1),
+            Moment(1.0, 61.0, 1500.0, ("throttled",), 12.5, 0.0, 1.5, 6 << 30, 8.9),
+        ),
+        profile="rpi5",
     )

@@ -20,6 +20,7 @@ import tiny
 import edgekit
 from edgekit import report
 from edgekit.bench_plan import Sweep, settings_of, sweep_like
+from edgekit.bench_side import EngineSide
 from edgekit.bench_worker import _Child, drop_from_page_cache, is_cached
 from edgekit.errors import UsageError
 from edgekit.registry import RUNTIMES
@@ -172,6 +173,36 @@ def test_a_hot_pi_with_little_memory_says_so(
     assert "throttled" in remarks and "soft temperature limit" in remarks
     assert "each repetition loaded its model again" in remarks
     assert found.rows[0].energy_j is None and "no energy counter" in (found.energy_note or "")
+
+
+def test_repetitions_in_which_the_flag_was_up_are_left_out(
+    smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "sys/devices/platform/soc/soc:firmware/get_throttled"
+    flag.parent.mkdir(parents=True)
+    flag.write_text("0\n")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\n")
+    monkeypatch.setenv("EDGEKIT_SYSROOT", str(tmp_path))
+    turns = 0
+    real = EngineSide.take_turn
+
+    def take_turn(self: EngineSide) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 3:
+            time.sleep(1.2)  # longer than between two looks
+            flag.write_text("4\n")
+        real(self)
+
+    monkeypatch.setattr(EngineSide, "take_turn", take_turn)
+    sweep: dict[str, Any] = {"threads": (1,), "prompts": (), "answers": (8,), "repetitions": 4}
+    found = edgekit.bench(smollm2_gguf, probe=False, sessions=False, **sweep)
+    (row,) = found.rows
+    assert (len(row.samples_s), len(row.throttled_s), row.throttled) == (2, 2, True)
+    assert len(row.step_ms) == 2 * 8
+    assert any("2 repetitions are left out" in remark for remark in found.remarks)
+    assert any(moment.throttling for moment in found.moments)
 
 
 def test_the_command_prints_a_table_and_writes_every_form(

@@ -117,8 +117,52 @@ def test_a_mutant_report_is_a_report_or_one_of_our_errors() -> None:
 
 
 def test_a_newer_report_asks_for_a_newer_edgekit() -> None:
-    with pytest.raises(VersionError, match="schema 2"):
-        _parse(reports.made().to_dict() | {"schema": 2})
+    with pytest.raises(VersionError, match="schema 3"):
+        _parse(reports.made().to_dict() | {"schema": 3})
+
+
+def test_a_report_from_before_devices_had_names_is_still_read() -> None:
+    body = reports.made().to_dict() | {"schema": 1}
+    for key in ("device", "moments", "profile"):
+        del body[key]
+    del body["machine"]["emulated"]
+    for row in body["rows"]:
+        del row["throttled_s"], row["predicted_tok_s"]
+    assert _parse(body) == replace(reports.made(), device=None, moments=(), profile=None)
+
+
+def test_a_report_says_its_device_and_what_it_felt() -> None:
+    told = dict(report_text.machine_lines(reports.made()))
+    assert told["device"] == "kitchen"
+    assert told["temperature during it"] == "48.5 to 61 °C"
+    assert told["clock during it"] == "1500 to 2400 MHz"
+    assert told["power during it"] == "3.1 to 8.9 W, 6.00 W on average"
+    assert told["throttled"] == "1 of 2 s: throttled"
+    assert "waited for memory during it" not in told, "nobody waited"
+
+
+def test_an_emulated_board_is_marked_wherever_its_figures_stand() -> None:
+    found = reports.made()
+    found = replace(found, machine=replace(found.machine, emulated=True))
+    assert "say nothing of a real board" in report_text.markdown(found)
+    assert report_text.side_by_side({"qemu": found})[1][0][0] == "qemu (emulated)"
+    assert "True" in report_text.as_csv(found).splitlines()[1]
+
+
+def test_a_prediction_stands_beside_what_was_measured() -> None:
+    found = reports.made(predicted_tok_s=(800.0, 1000.0, 1250.0))
+    head, cells = report_text.head(found), report_text.cells(found)
+    assert cells[0][head.index("predicted")] == "1000 (+2%)"
+    with pytest.raises(UsageError, match="low, mid and high"):
+        reports.row(predicted_tok_s=(1.0,))
+
+
+def test_devices_side_by_side_make_one_table() -> None:
+    fast, slow = reports.made(), reports.made(throttled=True)
+    head, lines = report_text.side_by_side({"rpi5": fast, "rpi4": slow})
+    assert head[0] == "device"
+    assert [line[0] for line in lines] == ["rpi5", "rpi5", "rpi4 (throttled)", "rpi4 (throttled)"]
+    assert {len(line) for line in lines} == {len(head)}
 
 
 def test_no_report_larger_than_the_limit_is_read(tmp_path: Path) -> None:

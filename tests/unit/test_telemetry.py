@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,84 @@ def test_throttling_during_the_run_is_told_from_throttling_before_it(
         for name, bits in (("a", before), ("b", after))
     ]
     assert telemetry.strain(*looks, own_cpu_s=0.0).throttled is throttled
+
+
+# What a Raspberry Pi 5 answers, in part.
+_ADC = """
+   3V7_WL_SW_A current(0)=0.10000000A
+   VDD_CORE_A current(7)=2.00000000A
+   3V7_WL_SW_V volt(8)=3.70000000V
+   VDD_CORE_V volt(15)=0.85000000V
+   EXT5V_V volt(24)=5.10000000V
+"""
+
+
+def _firmware(root: Path, **answers: str) -> Path:
+    """A vcgencmd that answers with files, and counts the questions."""
+    _tree(root, {f"answers/{name}": text for name, text in answers.items()})
+    script = f'echo "$1" >> {root}/asked; cat {root}/answers/"$1" || echo error=1'
+    _tree(root, {"usr/bin/vcgencmd": f"#!/bin/sh\n{script}\n"})
+    (root / "usr/bin/vcgencmd").chmod(0o755)
+    return root
+
+
+def test_the_firmware_is_asked_for_what_no_file_tells(tmp_path: Path) -> None:
+    root = _firmware(
+        tmp_path,
+        measure_temp="temp=61.7'C\n",
+        measure_clock="frequency(0)=2400033792\n",
+        get_throttled="throttled=0x50005\n",
+        pmic_read_adc=_ADC,
+    )
+    found = telemetry.moment(root, 3.0)
+    assert (found.at_s, found.temperature_c, found.clock_mhz) == (3.0, 61.7, 2400.033792)
+    assert found.throttling == ("under-voltage", "throttled")
+    watts = 0.1 * 3.7 + 2.0 * 0.85
+    assert found.power_w == pytest.approx(watts * 1.1451 + 0.5879, abs=1e-3)
+
+
+def test_where_files_tell_the_firmware_is_left_alone(tmp_path: Path) -> None:
+    root = _firmware(_tree(tmp_path, _PI), pmic_read_adc=_ADC)
+    assert telemetry.conditions(root).temperature_c == 61.75
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_firmware_that_refuses_is_asked_once(tmp_path: Path) -> None:
+    """Boards without current sensing: no power, and never a guess."""
+    root = _firmware(tmp_path)
+    for _ in range(3):
+        assert telemetry.moment(root, 0.0).power_w is None
+    assert (tmp_path / "asked").read_text().split().count("pmic_read_adc") == 1
+
+
+def test_pressure_and_memory_are_in_every_look(tmp_path: Path) -> None:
+    files = {
+        "proc/pressure/memory": "some avg10=12.34 avg60=0.00 avg300=0.00 total=5\nfull avg10=1.0\n",
+        "proc/meminfo": "MemTotal: 8 kB\nMemAvailable:    7000 kB\n",
+    }
+    found = telemetry.moment(_tree(tmp_path, files), 0.0)
+    assert (found.memory_pressure, found.available_bytes) == (12.34, 7000 << 10)
+    assert found.cpu_pressure is None
+
+
+def test_a_recorder_knows_when_the_processor_was_throttled(tmp_path: Path) -> None:
+    flag = "sys/devices/platform/soc/soc:firmware/get_throttled"
+    _tree(tmp_path, {flag: "0\n"})
+    with telemetry.Recorder(tmp_path, every_s=0.1) as recorder:
+        time.sleep(0.35)
+        hot_s = time.monotonic()
+        _tree(tmp_path, {flag: "4\n"})
+        time.sleep(0.35)
+        cool_s = time.monotonic()
+        _tree(tmp_path, {flag: "0\n"})
+        time.sleep(0.35)
+        end_s = time.monotonic()
+    assert recorder.throttled(hot_s, cool_s) is True
+    assert recorder.throttled(cool_s + 0.2, end_s) is False
+    assert recorder.throttled(end_s + 60, end_s + 61) is None
+    looks = recorder.moments
+    assert 8 <= len(looks) <= 13 and looks[0].at_s < 0.05
+    assert {look.throttling for look in looks} == {(), ("throttled",)}
 
 
 def test_this_machine_can_be_read() -> None:
