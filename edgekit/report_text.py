@@ -150,7 +150,10 @@ def _during(moments: Sequence[Moment]) -> Iterator[tuple[str, str]]:
         seen = [value * factor for m in moments if (value := getattr(m, field)) is not None]
         if len(seen) > 1 and (max(seen) > 0 or unit != " %"):
             mean = f", {statistics.fmean(seen):.2f}{unit} on average" if field == "power_w" else ""
-            yield f"{words} during it", f"{min(seen):.4g} to {max(seen):.4g}{unit}{mean}"
+            low, high = (
+                f"{value:,.{1 if value < 100 else 0}f}" for value in (min(seen), max(seen))
+            )
+            yield f"{words} during it", f"{low} to {high}{unit}{mean}"
     words_seen = {word for moment in moments for word in moment.throttling or ()}
     if words_seen:
         slow = sum(bool(moment.throttling) for moment in moments)

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from edgekit import bench_files
+from edgekit import bench_files, remote
 from edgekit.bench import bench, bench_against
 from edgekit.bench_verdict import profiles
 from edgekit.cli import show, show_bench
 from edgekit.cli.lists import numbers
 from edgekit.compare import gate
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.report import BenchReport
 
 
@@ -88,6 +88,13 @@ def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
     metavar="PERCENT",
     help="With --compare: exit code 6 if B is slower by more, such as 5%.",
 )
+@click.option(
+    "--device",
+    "devices",
+    callback=_words,
+    metavar="NAME,...",
+    help="Measure there: devices of yours, SSH hosts, or local. Several make one table.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
     models: tuple[str, ...],
@@ -95,6 +102,7 @@ def command(
     sides: tuple[str, str] | None,
     limit: float | None,
     as_json: bool,
+    devices: tuple[str, ...] | None,
     no_probe: bool,
     no_session: bool,
     profile: bool,
@@ -113,6 +121,13 @@ def command(
         sweep["sessions"] = False
     if no_flash_attention:
         sweep["flash_attention"] = False
+    if devices is not None:
+        if sides or profile or limit is not None:
+            raise UsageError(
+                "--device measures alone: leave out --compare, --fail-if-slower and --profile",
+                hint="--out a.json, then --compare a.json b.json",
+            )
+        return _on_devices(devices, models, sweep | {"probe": not no_probe}, outs, as_json)
     if sides:
         if models or profile:
             raise UsageError("--compare takes its two sides alone: leave out models and --profile")
@@ -137,6 +152,42 @@ def command(
     for number, part in enumerate(parts, 1):
         for out in outs:
             bench_files.draw_profile(part, out, number)
+
+
+def _on_devices(
+    names: tuple[str, ...],
+    models: tuple[str, ...],
+    options: dict[str, Any],
+    outs: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    if not models:
+        raise UsageError("which model?", hint="edgekit bench build/smollm2-q4 --device rpi5")
+    with show.progress_of_each(names, quiet=as_json) as progress:
+        found = remote.bench_devices(names, *models, progress=progress, **options)
+    reports = {name: each for name, each in found.items() if isinstance(each, BenchReport)}
+    errors = {name: each for name, each in found.items() if isinstance(each, EdgekitError)}
+    if len(names) == 1 and errors:
+        raise errors[names[0]]
+    if as_json and len(names) == 1:
+        show.as_json(reports[names[0]].to_dict())
+    elif as_json:
+        told = {name: {"message": e.message, "hint": e.hint} for name, e in errors.items()}
+        body = {name: report.to_dict() for name, report in reports.items()}
+        show.as_json({"reports": body, "errors": told})
+    elif len(names) == 1:
+        show_bench.report(reports[names[0]])
+    else:
+        show_bench.devices(reports)
+    for name, report in reports.items():
+        if len(names) == 1:
+            _write(report, outs)
+        else:
+            _write(report, tuple(out.with_name(f"{out.stem}-{name}{out.suffix}") for out in outs))
+    for name, error in errors.items():
+        show.warn(f"{name}: {error.message}")
+    for error in errors.values():
+        raise error
 
 
 def _compare(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekit import evaluate, plot
+from edgekit import evaluate, plot, remote
 from edgekit.cli import show, show_divergence, show_needle, show_sensitivity, show_tasks
 from edgekit.errors import UsageError
+from edgekit.target import open_target
 
 _N_CTX = 512
 
@@ -41,6 +43,7 @@ _N_CTX = 512
     help="Draw the KL divergence, the heat map of --needle or the parts of --sensitivity"
     " (.png or .svg).",
 )
+@click.option("--device", metavar="NAME", help="Evaluate there: a device of yours, an SSH host.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
     models: tuple[Path, ...],
@@ -50,6 +53,7 @@ def command(
     chunks: int | None,
     threads: int | None,
     plot_file: Path | None,
+    device: str | None,
     as_json: bool,
     task_file: Path | None,
     needle_: bool,
@@ -70,7 +74,8 @@ def command(
     """
     widths = {name: fields.pop(name) for name in show_sensitivity.NAMES}
     if sensitivity_:
-        other = {"against": against, "chunks": chunks, "tasks": task_file} | fields
+        other = {"against": against, "chunks": chunks, "tasks": task_file, "device": device}
+        other |= fields
         _refuse("with --sensitivity", other | {"needle": needle_ or None})
         return show_sensitivity.run(
             models,
@@ -92,10 +97,11 @@ def command(
     needle = {name: fields.pop(name) for name in show_needle.NAMES}
     if task_file is not None:
         other = {"needle": needle_ or None, "text": text, "chunks": chunks, "plot": plot_file}
+        other["device"] = device
         _refuse("with --tasks", needle | other)
         return show_tasks.run(models[0], task_file, n_ctx=n_ctx, **tasks, **shared)
     if needle_:
-        _refuse("with --needle", tasks | {"ctx": n_ctx, "chunks": chunks})
+        _refuse("with --needle", tasks | {"ctx": n_ctx, "chunks": chunks, "device": device})
         return show_needle.run(models[0], text=text, plot_file=plot_file, **needle, **shared)
     _refuse("without --tasks", tasks)
     _refuse("without --needle", needle)
@@ -106,18 +112,23 @@ def command(
         plot.check_form(plot_file)
     body = evaluate.read_text(text)
     facts = {"model": str(models[0]), "text": "builtin" if text is None else str(text)}
-    with show.progress(quiet=as_json) as progress:
+    if device is not None:
+        facts["device"] = device
+    how: dict[str, Any] = {"n_ctx": n_ctx, "chunks": chunks, "threads": threads}
+    with show.progress(quiet=as_json) as progress, ExitStack() as opened:
+        target = None if device is None else opened.enter_context(open_target(device))
+        how["progress"] = progress
         if against is None:
-            alone = evaluate.perplexity(
-                models[0], body, n_ctx=n_ctx, chunks=chunks, threads=threads, progress=progress
+            alone = (
+                evaluate.perplexity(models[0], body, **how)
+                if target is None
+                else remote.perplexity_on(target, models[0], body, **how)
             )
         else:
-            found = evaluate.compare(
-                *(models[0], against, body),
-                n_ctx=n_ctx,
-                chunks=chunks,
-                threads=threads,
-                progress=progress,
+            found = (
+                evaluate.compare(models[0], against, body, **how)
+                if target is None
+                else remote.compare_on(target, models[0], against, body, **how)
             )
     if against is None:
         return show_divergence.perplexity(alone, facts, as_json)

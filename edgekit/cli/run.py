@@ -69,6 +69,7 @@ def _number(name: str, text: str) -> Callable[[Any], Any]:
     "--prompt-cache", type=click.Path(path_type=Path), help="Keep the prompt's state here."
 )
 @click.option("--runtime", metavar="NAME", help="Engine [default: the one for the format].")
+@click.option("--device", metavar="NAME", help="Run there: a device of yours, or an SSH host.")
 def command(
     artifact: str,
     prompt: str | None,
@@ -78,6 +79,7 @@ def command(
     pooling: str,
     as_json: bool,
     runtime: str | None,
+    device: str | None,
     **options: Any,
 ) -> None:
     """Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).
@@ -91,16 +93,21 @@ def command(
     if interactive and (as_json or embed or raw):
         raise UsageError("--json, --embed and --raw need a prompt")
     params = _generate_params(options, endless=interactive)
-    fields = _load_fields(options) | {"embeddings": embed}
-    with load(artifact, runtime=runtime, **fields) as session:
+    fields = _load_fields(options)
+    if device is not None:
+        if prompt is None:
+            raise UsageError("a chat needs the model here: --device answers one PROMPT")
+        if embed:
+            _show_vector(_embed_there(device, artifact, prompt, pooling, fields), as_json)
+        else:
+            how = {"system": system, "raw": raw, "runtime": runtime}
+            _answer_there(device, artifact, prompt, params, fields, how, as_json)
+        return
+    with load(artifact, runtime=runtime, embeddings=embed, **fields) as session:
         if prompt is None:
             _chat(session, params, system)
         elif embed:
-            vector = session.embed(prompt, pooling=pooling)
-            if as_json:
-                show.as_json({"embedding": vector})
-            else:
-                click.echo(" ".join(map(str, vector)))
+            _show_vector(session.embed(prompt, pooling=pooling), as_json)
         else:
             chat = session.has_chat_template and not raw
             if system is not None and not chat:
@@ -108,6 +115,57 @@ def command(
             messages = _messages(system, prompt)
             pieces = session.chat(messages, params) if chat else session.stream(prompt, params)
             _answer(session, pieces, as_json)
+
+
+def _answer_there(
+    device: str,
+    artifact: str,
+    prompt: str,
+    params: GenerateParams,
+    fields: dict[str, Any],
+    how: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """The answer of a model that runs on a device, shown as if it ran here."""
+    from edgekit import remote  # not before it is needed: a first token is waited for
+    from edgekit.target import open_target
+
+    def on_piece(piece: str) -> None:
+        if not as_json:
+            click.echo(piece, nl=False)
+
+    with show.progress(quiet=as_json) as progress, open_target(device) as target:
+        done = remote.run_on(
+            *(target, artifact, prompt),
+            params=params,
+            fields=fields,
+            on_piece=on_piece,
+            progress=progress,
+            **how,
+        )
+    if as_json:
+        return show.as_json(_document(done))
+    click.echo()
+    click.echo(f"{device}: {_stats(done)}", err=True)
+
+
+def _embed_there(
+    device: str, artifact: str, text: str, pooling: str, fields: dict[str, Any]
+) -> list[float]:
+    from edgekit import remote
+    from edgekit.target import open_target
+
+    with show.progress() as progress, open_target(device) as target:
+        return remote.embed_on(
+            target, artifact, text, pooling=pooling, fields=fields, progress=progress
+        )
+
+
+def _show_vector(vector: list[float], as_json: bool) -> None:
+    if as_json:
+        show.as_json({"embedding": vector})
+    else:
+        click.echo(" ".join(map(str, vector)))
 
 
 def _answer(session: Session, pieces: Iterator[str], as_json: bool) -> None:

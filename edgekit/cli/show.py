@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,16 +73,29 @@ def progress(*, quiet: bool = False) -> Iterator[Progress]:
         yield _Lines()
 
 
-class _Lines:
-    """For logs: each stage once, when it starts."""
+@contextmanager
+def progress_of_each(
+    names: Sequence[str], *, quiet: bool = False
+) -> Iterator[Callable[[str], Progress]]:
+    """``progress`` for several at once, each by its name; one alone has bars as ever."""
+    if len(names) == 1 or quiet:
+        with progress(quiet=quiet) as only:
+            yield lambda name: only
+    else:
+        yield lambda name: _Lines(f"{name}: ")
 
-    def __init__(self) -> None:
+
+class _Lines:
+    """For logs: each stage once, when it starts, behind ``who``."""
+
+    def __init__(self, who: str = "") -> None:
+        self._who = who
         self._stage = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._stage = stage
-            click.echo(f"{stage} ...", err=True)
+            click.echo(f"{self._who}{stage} ...", err=True)
 
 
 class _Bars:

@@ -35,6 +35,17 @@ def report(found: BenchReport) -> None:
         show.warn(remark)
 
 
+def devices(found: dict[str, BenchReport]) -> None:
+    """The same bench on several devices: one table, then what each one's figures mean."""
+    head, rows = report_text.side_by_side(found)
+    show.table(rows, head=head)
+    for name, each in found.items():
+        for verdict in each.verdicts:
+            click.echo(f"\n{name}, {verdict.model}: {verdict.sentence}")
+        for remark in each.remarks:
+            show.warn(f"{name}: {remark}")
+
+
 def comparison(found: Comparison) -> None:
     """A line a setting: both speeds, B over A with its interval, and what that shows."""
     rows = [

@@ -134,8 +134,8 @@ def test_a_report_from_before_devices_had_names_is_still_read() -> None:
 def test_a_report_says_its_device_and_what_it_felt() -> None:
     told = dict(report_text.machine_lines(reports.made()))
     assert told["device"] == "kitchen"
-    assert told["temperature during it"] == "48.5 to 61 °C"
-    assert told["clock during it"] == "1500 to 2400 MHz"
+    assert told["temperature during it"] == "48.5 to 61.0 °C"
+    assert told["clock during it"] == "1,500 to 2,400 MHz"
     assert told["power during it"] == "3.1 to 8.9 W, 6.00 W on average"
     assert told["throttled"] == "1 of 2 s: throttled"
     assert "waited for memory during it" not in told, "nobody waited"
