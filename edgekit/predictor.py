@@ -19,6 +19,10 @@ BANDS = {"measured": 0.15, "published": 0.25, "assumed": 0.35}
 _OPERATOR_CYCLES = 7000.0
 # Operators of a layer: seven products, norms, rotations, cache writes, attention, additions.
 _OPERATORS_PER_LAYER = 18
+# What attention reaches of the float32 peak: with many queries, and with a single one.
+_ATTENTION_PROMPT, _ATTENTION_TOKEN = 0.3, 0.08
+# How sharply the slower of two limits decides: infinity would be the maximum of both.
+_SHARP = 3.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,9 @@ class Calibration:
     ``traffic``: how often a value between two layers crosses the memory.
     """
 
-    memory: float = 0.95
+    memory: float = 0.98
     gpu_memory: float = 0.83
-    prefill: float = 0.40
+    prefill: float = 0.41
     gpu_prefill: float = 0.64
     vision: float = 1.39
     traffic: float = 3.65
@@ -115,11 +119,14 @@ class _Rates:
     """What one processor reaches.
 
     ``one`` and ``many`` are FLOP per second of products of one and of 512 columns, by the weights'
-    type; ``flops`` are those of everything else.
+    type; the other two those of attention. ``alone_bytes_s`` is what the threads would read if none
+    stood in another's way.
     """
 
     read_bytes_s: float
-    flops: float
+    alone_bytes_s: float
+    attention_one: float
+    attention_many: float
     operator_s: float
     one: Callable[[str], float]
     many: Callable[[str], float]
@@ -130,13 +137,18 @@ class _Time:
     """Parts of a token's time, or of a part of it."""
 
     memory_s: float
+    alone_s: float
     compute_s: float
     overhead_s: float
 
     @property
     def total_s(self) -> float:
-        """A core that computes waits for no memory meanwhile, but only in part."""
-        return math.hypot(self.memory_s, self.compute_s) + self.overhead_s
+        """The memory serves all threads, while each of them reads and computes in turn.
+
+        The slower of both sets the pace, and two that are near each other both cost something.
+        """
+        threads_s = self.alone_s + self.compute_s
+        return float((self.memory_s**_SHARP + threads_s**_SHARP) ** (1 / _SHARP)) + self.overhead_s
 
 
 def predict(
@@ -190,7 +202,9 @@ def _weakest(inputs: Sequence[Input]) -> str:
 def _cpu(profile: DeviceProfile, threads: int, calibration: Calibration) -> _Rates:
     return _Rates(
         read_bytes_s=calibration.memory * profile.read_bytes_s(threads),
-        flops=profile.flops(threads),
+        alone_bytes_s=calibration.memory * threads * profile.read_bytes_s(1),
+        attention_one=_ATTENTION_TOKEN * profile.flops(threads),
+        attention_many=_ATTENTION_PROMPT * profile.flops(threads),
         operator_s=operator_s(profile, threads),
         one=lambda kind: one_column_flops(profile, kind, threads),
         many=lambda kind: many_column_flops(profile, kind, threads, calibration),
@@ -201,7 +215,9 @@ def _gpu(gpu: Gpu, calibration: Calibration) -> _Rates:
     flops = calibration.gpu_prefill * gpu.float16_gflops.value * 1e9
     return _Rates(
         read_bytes_s=calibration.gpu_memory * gpu.bandwidth_gbps.value * 1e9,
-        flops=flops,
+        alone_bytes_s=math.inf,
+        attention_one=flops,
+        attention_many=flops,
         operator_s=gpu.launch_us.value / 1e6,
         one=lambda kind: flops,
         many=lambda kind: flops,
@@ -213,9 +229,10 @@ def _decode(cost: ModelCost, rates: _Rates, work: Work) -> _Time:
     read = cost.weight_bytes(work.n_seqs) + work.n_seqs * cost.kv_bytes(work.depth, work.kv_type)
     rate = rates.one if work.n_seqs == 1 else rates.many
     products_s = sum(flops / rate(kind) for kind, flops in cost.flops_by_type().items())
-    attention_s = cost.attention_flops(work.depth) / rates.flops
+    attention_s = cost.attention_flops(work.depth) / rates.attention_one
     return _Time(
         read / rates.read_bytes_s,
+        read / rates.alone_bytes_s,
         work.n_seqs * (products_s + attention_s),
         operators(cost) * rates.operator_s,
     )
@@ -226,9 +243,12 @@ def _prefill(cost: ModelCost, rates: _Rates, work: Work) -> _Time:
     batch = min(work.n_batch, work.n_prompt)
     products = cost.flops_by_type(output=False).items()
     products_s = sum(flops / rates.many(kind) for kind, flops in products)
+    attention_s = cost.attention_flops(work.n_prompt / 2) / rates.attention_many
+    read = cost.weight_bytes(batch) / batch
     return _Time(
-        cost.weight_bytes(batch) / batch / rates.read_bytes_s,
-        products_s + cost.attention_flops(work.n_prompt / 2) / rates.flops,
+        read / rates.read_bytes_s,
+        read / rates.alone_bytes_s,
+        products_s + attention_s,
         operators(cost) * rates.operator_s / batch,
     )
 
