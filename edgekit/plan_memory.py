@@ -13,8 +13,10 @@ from edgekit.formats.gguf import GgufHeader
 from edgekit.model_cost import ModelCost
 from edgekit.vision_cost import VisionCost
 
-# Python, numpy, libllama and its threads, measured as the resident set of an idle session.
-RUNTIME_BYTES = 110 << 20
+# Python, numpy and libllama, and what a token of the vocabulary takes beside them: measured as the
+# resident set of sessions.
+RUNTIME_BYTES = 60 << 20
+_TOKEN_BYTES = 200
 # Of a vision engine: Python, numpy and onnxruntime or LiteRT.
 VISION_RUNTIME_BYTES = 90 << 20
 # The engine keeps the cache in whole blocks of this many tokens.
@@ -83,8 +85,8 @@ def of_model(
         kv_cache=cache_bytes(
             cost, context=context, n_seqs=n_seqs, n_batch=n_batch, kv_type=kv_type
         ),
-        compute=compute_bytes(header, n_batch=min(n_batch, context)),
-        runtime=RUNTIME_BYTES,
+        compute=compute_bytes(header, n_batch=min(n_batch, context), n_seqs=n_seqs),
+        runtime=RUNTIME_BYTES + _TOKEN_BYTES * _vocabulary(header),
         available=available,
         weights_by_type=dict(sorted(by_type.items(), key=lambda pair: -pair[1])),
     )
@@ -100,22 +102,27 @@ def cache_bytes(cost: ModelCost, *, context: int, n_seqs: int, n_batch: int, kv_
     return n_seqs * values // kind.block_size * kind.type_size
 
 
-def compute_bytes(header: GgufHeader, *, n_batch: int) -> int:
-    """Bytes of the engine's buffers for a batch: the logits and states, or the widest layer.
+def compute_bytes(header: GgufHeader, *, n_batch: int, n_seqs: int) -> int:
+    """Bytes of the engine's buffers: the widest layer of a batch, and the logits of a step.
 
-    The engine reserves logits for every token of a batch. With flash attention no scores are kept.
+    The engine reserves logits for a whole batch, but what nobody writes takes no memory. With flash
+    attention no scores are kept.
     """
+    width, inner = _number(header, "embedding_length"), _number(header, "feed_forward_length")
+    return 4 * (n_batch * (3 * inner + 2 * width) + n_seqs * _vocabulary(header))
 
-    def number(key: str) -> int:
-        value = header.metadata.get(f"{header.architecture}.{key}", 0)
-        if isinstance(value, list):
-            value = max((each for each in value if isinstance(each, int)), default=0)
-        return value if isinstance(value, int) else 0
 
+def _vocabulary(header: GgufHeader) -> int:
     tables = [tensor for tensor in header.tensors if tensor.name == "token_embd.weight"]
-    vocabulary = tables[0].shape[1] if tables and len(tables[0].shape) > 1 else 0
-    width, inner = number("embedding_length"), number("feed_forward_length")
-    return 4 * n_batch * max(vocabulary + width, 3 * inner + 2 * width)
+    return tables[0].shape[1] if tables and len(tables[0].shape) > 1 else 0
+
+
+def _number(header: GgufHeader, key: str) -> int:
+    """A size that the header gives once, or once a layer: then the largest."""
+    value = header.metadata.get(f"{header.architecture}.{key}", 0)
+    if isinstance(value, list):
+        value = max((each for each in value if isinstance(each, int)), default=0)
+    return value if isinstance(value, int) else 0
 
 
 def of_vision(cost: VisionCost, *, int8: bool, available: int) -> MemoryPlan:
