@@ -16,7 +16,7 @@ from edgekit.errors import UnknownNameError, UsageError
 from edgekit.formats.gguf import GgufHeader
 from edgekit.model_cost import ModelCost
 from edgekit.plan_memory import MemoryPlan
-from edgekit.planned_model import PlannedModel, in_type, planned
+from edgekit.planned_model import PlannedModel, in_type, planned, weight_bytes
 from edgekit.predictor import Band, Input, Prediction, Work, band, predict
 from edgekit.runtime import DEFAULT_N_CTX, KV_TYPES, LoadParams
 from edgekit.runtimes import gpu_layers
@@ -331,8 +331,7 @@ def _recommended(case: _Case, profile: DeviceProfile) -> Recommended:
     The context is the one asked for, or the largest power of two below it that fits.
     """
     found = []
-    for name in _CANDIDATES:
-        model = case.model if name == case.model.type else in_type(case.model, name)
+    for model in _candidates(case.model):
         if fitting := _with_fitting_context(model, profile, case.wish):
             found.append(fitting)
     if not found:
@@ -342,15 +341,28 @@ def _recommended(case: _Case, profile: DeviceProfile) -> Recommended:
     pleasant = [each for each in found if each.prediction.decode.mid >= _PLEASANT_TOK_S]
     four_bits = [each for each in found if each.model.type == quant.GGUF_BITS[4].type]
     best = (pleasant or four_bits or found)[0]
-    bits = next(bits for bits, preset in quant.GGUF_BITS.items() if preset.type == best.model.type)
+    bits = {preset.type: bits for bits, preset in quant.GGUF_BITS.items()}
     return Recommended(
-        bits=bits,
+        bits=bits.get(best.model.type, round(best.model.language().bits_per_weight)),
         type=best.model.type,
         context=best.wish.context,
         threads=best.wish.threads,
         gpu_layers=best.layers,
         decode_tok_s=best.prediction.decode.mid,
     )
+
+
+def _candidates(model: PlannedModel) -> Iterator[PlannedModel]:
+    """The model in every type that is worth a thought, the best first.
+
+    What was quantized before stays as it is, or gets fewer bits.
+    """
+    if model.lossy_bytes == weight_bytes(model.language()):
+        yield model
+    for name in _CANDIDATES:
+        other = in_type(model, name)
+        if model.lossy_bytes is None or weight_bytes(other.language()) < model.lossy_bytes:
+            yield other
 
 
 def _with_fitting_context(model: PlannedModel, profile: DeviceProfile, wish: _Wish) -> _Case | None:

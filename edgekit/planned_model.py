@@ -28,12 +28,16 @@ _BITS = 4  # where neither the model nor the user says more
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A language model's header, or a vision model's cost; ``type`` is what its weights will be."""
+    """A language model's header, or a vision model's cost; ``type`` is what its weights will be.
+
+    ``lossy_bytes`` is the size of weights that were quantized before: more bits would hold no more.
+    """
 
     name: str
     type: str
     header: GgufHeader | None = None
     vision: VisionCost | None = None
+    lossy_bytes: int | None = None
 
     def language(self) -> GgufHeader:
         """The header; UsageError for a vision model."""
@@ -83,7 +87,7 @@ def planned(
 def in_type(model: PlannedModel, file_type: str) -> PlannedModel:
     """The same language model as if it were exported to another type."""
     header = retyped(model.language(), file_type)
-    return PlannedModel(model.name, file_type, header=header)
+    return PlannedModel(model.name, file_type, header=header, lossy_bytes=model.lossy_bytes)
 
 
 def _wanted(bits: int | None, file_type: str | None) -> str | None:
@@ -95,10 +99,16 @@ def _wanted(bits: int | None, file_type: str | None) -> str | None:
 def _of_header(
     name: str, header: GgufHeader, bits: int | None, file_type: str | None
 ) -> PlannedModel:
-    wanted = _wanted(bits, file_type)
-    if wanted is None:
-        return PlannedModel(name, header.main_type(), header=header)
-    return PlannedModel(name, wanted, header=retyped(header, wanted))
+    wanted, main = _wanted(bits, file_type), header.main_type()
+    size = None if main in quant.FLOAT_TYPES else weight_bytes(header)
+    if wanted is not None:
+        header = retyped(header, wanted)
+    return PlannedModel(name, wanted or main, header=header, lossy_bytes=size)
+
+
+def weight_bytes(header: GgufHeader) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.size_bytes for tensor in header.tensors)
 
 
 def _of_config(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:

@@ -219,3 +219,11 @@ def test_devices_are_listed_and_shown(cli: Any, home: Path) -> None:
     body = json.loads(cli("devices", "show", "mine", "--json").stdout)
     assert body["cpu"]["cores"]["value"] == 4
     assert cli("devices", "show", "nobody").code == 2
+
+
+def test_what_was_quantized_before_is_never_recommended_with_more_bits(smollm2_gguf: Path) -> None:
+    best = plan(smollm2_gguf, "rpi5").recommended
+    assert (best.type, best.bits) == ("Q4_1", 6)  # 30 MB of it are an embedding of Q8_0
+    smaller = plan(smollm2_gguf, "rpi-zero2w", context=8192)
+    assert not smaller.fits
+    assert smaller.recommended.type is not None
