@@ -44,6 +44,7 @@ _CLOCK_FALL = 0.85
 
 def bench(
     *models: Artifact | str | Path,
+    device: str | None = None,
     names: Sequence[str] = (),
     probe: bool = True,
     progress: Progress = no_progress,
@@ -54,9 +55,16 @@ def bench(
     Every combination of a model, thread count, cache type and batch has a process of its own; their
     repetitions take turns, so that what disturbs the machine disturbs all of them. ``probe`` False
     leaves out the verdict, and the measurement of the machine's limits that it needs. ``names`` are
-    what the report calls the models, in place of their files' names.
-    Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
+    what the report calls the models, in place of their files' names. ``device`` measures there
+    (``target.open_target``), not here.
+    Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError; DeviceError.
     """
+    if device is not None:
+        from edgekit import remote, target  # which need this function themselves
+
+        paths = [model.path if isinstance(model, Artifact) else model for model in models]
+        with target.open_target(device) as there:
+            return remote.bench_on(there, *paths, probe=probe, progress=progress, **sweep)
     try:
         asked = Sweep(**sweep)
     except TypeError as error:

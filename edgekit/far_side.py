@@ -54,7 +54,9 @@ def _bench(
     """A report, as ``BenchReport.to_dict`` gives it."""
     from edgekit.bench import bench
 
-    lists = {name: tuple(v) if isinstance(v, list) else v for name, v in sweep.items()}
+    lists: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in sweep.items()
+    }
     found = bench(*models, names=names, probe=judge, progress=_progress(report), **lists)
     return found.to_dict()
 

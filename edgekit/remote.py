@@ -72,8 +72,15 @@ def bench_on(
         sent.name: gguf.read(file_of(model))
         for sent, model in zip(found.models, models, strict=False)
     }
-    found = replace(found, device=target.name, machine=machine, remarks=remarks)
+    found = replace(found, device=_called(target, facts), machine=machine, remarks=remarks)
     return predicted(found, headers, profile)
+
+
+def _called(target: Target, facts: BoardFacts) -> str:
+    """The user's name for a device; reports travel, and hosts and users are no names to show."""
+    if target.name.replace("-", "").replace("_", "").isalnum():
+        return target.name
+    return facts.board or facts.cpu or "a board"
 
 
 def bench_devices(

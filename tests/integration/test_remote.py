@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,9 +196,10 @@ def test_a_bench_that_ends_in_the_middle_leaves_nothing_running(
 
     began = time.monotonic()
     expected = KeyboardInterrupt if fault == "interrupt" else ConnectError
-    with open_target("board") as there, pytest.raises(expected):
-        remote.bench_on(
-            *(there, smollm2_gguf),
+    with pytest.raises(expected):
+        edgekit.bench(
+            smollm2_gguf,
+            device="board",
             probe=False,
             sessions=False,
             progress=progress,
@@ -206,6 +210,30 @@ def test_a_bench_that_ends_in_the_middle_leaves_nothing_running(
     assert time.monotonic() - began < 60
     # Its workers, which have sessions of their own, run that Python too.
     assert sshd.eventually(lambda: not _works(board))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_bench_that_is_cut_at_fifty_moments_leaves_nothing_and_can_be_repeated(
+    board: sshd.Board, smollm2_gguf: Path
+) -> None:
+    dice = random.Random(4)
+    sweep: dict[str, Any] = {"threads": (1,), "prompts": (16,), "answers": (8,), "repetitions": 2}
+    sweep |= {"probe": False, "sessions": False}
+    for _ in range(50):
+        with open_target("board") as there:
+            cut = threading.Timer(dice.uniform(0, 4), board.cut)
+            cut.start()
+            began = time.monotonic()
+            # The last moments may come when all is done.
+            with contextlib.suppress(ConnectError):
+                remote.bench_on(there, smollm2_gguf, **sweep)
+            assert time.monotonic() - began < 30
+            cut.cancel()
+        assert sshd.eventually(lambda: not _works(board))
+    with open_target("board") as there:
+        assert len(remote.bench_on(there, smollm2_gguf, **sweep).rows) == 2
+        assert there.sent_bytes == 0
 
 
 def test_a_device_that_answers_nonsense_is_an_error_of_ours(bare: sshd.Board) -> None:
