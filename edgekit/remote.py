@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,20 +108,41 @@ def bench_devices(
             found[name] = error
 
     boards = [name for name in names if name != LOCAL]
-    with ThreadPoolExecutor(max(1, len(boards))) as pool:
-        try:
-            for done in [pool.submit(work, name) for name in boards]:
-                done.result()
-        except BaseException:
-            for target in opened:
-                target.close()
-            raise
+    if len(boards) == 1:
+        work(boards[0])  # in this thread, which a signal interrupts
+    else:
+        _side_by_side(work, boards, opened)
     if LOCAL in names:
         try:
             found[LOCAL] = bench(*models, progress=progress(LOCAL), **options)
         except EdgekitError as error:
             found[LOCAL] = error
     return {name: found[name] for name in names}
+
+
+def _side_by_side(work: Callable[[str], None], names: Sequence[str], opened: list[Target]) -> None:
+    """``work`` for every name in a thread of its own; a signal closes what they opened."""
+    broken: list[BaseException] = []
+
+    def guarded(name: str) -> None:
+        try:
+            work(name)
+        except BaseException as error:
+            broken.append(error)
+
+    # Daemons: a Ctrl-C does not wait for one that still connects.
+    threads = [threading.Thread(target=guarded, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.05)
+    except BaseException:
+        for target in opened:
+            target.close()
+        raise
+    for error in broken:
+        raise error
 
 
 def run_on(

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +212,23 @@ def test_a_bench_that_ends_in_the_middle_leaves_nothing_running(
     assert time.monotonic() - began < 60
     # Its workers, which have sessions of their own, run that Python too.
     assert sshd.eventually(lambda: not _works(board))
+
+
+@pytest.mark.parametrize("devices", ["board", pytest.param("board,board2", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_a_bench_there_and_here_within_five_seconds(
+    board: sshd.Board, smollm2_gguf: Path, devices: str
+) -> None:
+    same = (board.folder / "config").read_text().replace("Host board\n", "Host board board2\n")
+    (board.folder / "config").write_text(same)
+    words = ["bench", str(smollm2_gguf), "--device", devices, "--no-probe", "-n", "4000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgekit", *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert sshd.eventually(lambda: _works(board), within_s=60)
+        process.send_signal(signal.SIGINT)
+        _, words_on_stderr = process.communicate(timeout=10)
+    assert process.returncode == 130 and words_on_stderr.endswith("stopped\n")
+    assert sshd.eventually(lambda: not _works(board), within_s=5)
 
 
 @pytest.mark.slow
