@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from edgekit.device import AtThreads, DeviceProfile, Figure, Gpu, Product, at_threads
 from edgekit.model_cost import ModelCost
+from edgekit.quant import FLOAT_TYPES
 
 # How far off a prediction may be, by the weakest source of its bandwidth and peak.
 BANDS = {"measured": 0.15, "published": 0.25, "assumed": 0.35}
@@ -21,6 +22,9 @@ _OPERATOR_CYCLES = 7000.0
 _OPERATORS_PER_LAYER = 18
 # What attention reaches of the float32 peak: with many queries, and with a single one.
 _ATTENTION_PROMPT, _ATTENTION_TOKEN = 0.3, 0.08
+# What a prompt reaches of the float32 peak with float weights: a model's matrices are no small ones
+# that stay in the cache, as those of the probe do.
+_FLOAT_PROMPT = 0.65
 # How sharply the slower of two limits decides: infinity would be the maximum of both.
 _SHARP = 3.0
 
@@ -294,7 +298,8 @@ def many_column_flops(
 ) -> float:
     """FLOP per second of a product of 512 columns with weights of a type."""
     if measured := profile.product(kind, threads):
-        return max(measured.prefill_gflops, measured.decode_gflops) * 1e9
+        rate = max(measured.prefill_gflops, measured.decode_gflops) * 1e9
+        return min(rate, _FLOAT_PROMPT * profile.flops(threads)) if kind in FLOAT_TYPES else rate
     factor = calibration.prefill * _COLUMNS[_path(profile)] * _vnni(profile)
     return factor * max(0.5, _unpacking(kind)) * profile.flops(threads)
 
