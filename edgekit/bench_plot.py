@@ -67,9 +67,11 @@ def draw(report: BenchReport, path: Path) -> None:
         if not any(_axis(rows) for _, rows in panels) and names[0] == names[-1]:
             for axis in axes[1:]:  # the bars of the left panel name these too
                 axis.set_yticklabels([])
-        for number, (words, field, factor) in enumerate(felt):
-            place = grid[1].subgridspec(1, len(felt))[number]
-            _second_by_second(drawn.add_subplot(place), report, words, field, factor)
+        if felt:
+            below = grid[1].subgridspec(1, len(felt))
+            for number, (words, field, factor) in enumerate(felt):
+                axis = drawn.add_subplot(below[number])
+                _second_by_second(axis, report, words, field, factor)
         drawn.supxlabel(_caption(report), fontsize=7, color="#555555", x=0.01, ha="left")
 
 
