@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_FILES = 10_000
+_MAX_CONFIG_BYTES = 1 << 22
 _API_TIMEOUT_S = 30.0
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -90,6 +91,21 @@ def fetch(
         _download(repo, commit, files, cache, on_progress)
     _fs.write_atomic(ref, commit.encode())
     return Snapshot(cache / commit, commit)
+
+
+def fetch_config(repo: str, revision: str | None = None) -> bytes:
+    """config.json of ``repo`` alone, verified: what a plan needs. Nothing is kept.
+
+    Raises what ``fetch`` raises.
+    """
+    commit, files = _list(repo, revision or DEFAULT_REVISION)
+    file = next((file for file in files if file.name == model_folder.CONFIG), None)
+    if file is None or file.size_bytes > _MAX_CONFIG_BYTES:
+        raise DownloadError(f"{repo} has no {model_folder.CONFIG} that can be read")
+    work = _fs.home("cache") / "hub" / repo.replace("/", "--") / f"{commit}.config"
+    with _fs.disk_errors(work), _fs.scratch(work) as folder:
+        _fetch_file(repo, commit, file, folder, None)
+        return (folder / file.name).read_bytes()
 
 
 class _Unreachable(DownloadError):

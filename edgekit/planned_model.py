@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import model_folder, quant, vision_cost
+from edgekit import hub, model_folder, quant, vision_cost
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import SourceError, UsageError
 from edgekit.formats import gguf, json_file
+from edgekit.formats.foreign import Malformed
 from edgekit.formats.gguf import GgufHeader
 from edgekit.model_shape import header_of
 from edgekit.source import BUILT_IN, source
@@ -22,7 +23,7 @@ from edgekit.tensor_types import retyped
 from edgekit.unsafe_config import refuse_code
 from edgekit.vision_cost import VisionCost
 
-_CONFIG_BYTES = 1 << 22
+_BYTES = 1 << 22  # of a config.json
 _BITS = 4  # where neither the model nor the user says more
 
 
@@ -50,7 +51,7 @@ def planned(
     model: str | Path, *, bits: int | None = None, file_type: str | None = None
 ) -> PlannedModel:
     """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), a Hugging
-    Face folder or its config.json.
+    Face folder or its config.json, or a hub id, of which only that file is fetched.
 
     ``bits`` or ``file_type`` say what it would be exported to; without them a GGUF file stays as it
     is, and others get 4 bits. Vision models have 8 or 32 bits.
@@ -62,19 +63,21 @@ def planned(
     path = Path(os.path.expanduser(model))
     if name in BUILT_IN and not os.path.lexists(path):
         path = source(name).path
+    elif not os.path.lexists(path) and isinstance(model, str) and hub.check_repo_id(model):
+        return _of_config(name, _parsed(name, hub.fetch_config(model)), bits, file_type)
     elif not os.path.lexists(path):
         raise SourceError(
             f"{path} does not exist",
-            hint="give an artifact, a .gguf file, a folder with config.json, or smollm2-135m",
+            hint="give an artifact, a .gguf file, a folder with config.json, or a hub id",
         )
     if is_artifact(path):
         artifact = Artifact.open(path)
         artifact.verify_sizes()
         return _of_header(name, gguf.read(artifact.model_path), bits, file_type)
     if os.path.isdir(path):
-        return _of_config(name, path / model_folder.CONFIG, bits, file_type)
+        return _of_config(name, json_file.read(path / model_folder.CONFIG, _BYTES), bits, file_type)
     if path.suffix.lower() == ".json":
-        return _of_config(name, path, bits, file_type)
+        return _of_config(name, json_file.read(path, _BYTES), bits, file_type)
     if path.suffix.lower() == ".gguf":
         with model_folder.as_source(path):
             return _of_header(name, gguf.read(path, whole=False), bits, file_type)
@@ -111,11 +114,17 @@ def weight_bytes(header: GgufHeader) -> int:
     return sum(tensor.size_bytes for tensor in header.tensors)
 
 
-def _of_config(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
-    config: Any = json_file.read(path, _CONFIG_BYTES)
+def _parsed(name: str, data: bytes) -> Any:
+    try:
+        return json_file.parse(data)
+    except Malformed as error:
+        raise SourceError(f"the config.json of {name} {error}") from None
+
+
+def _of_config(name: str, config: Any, bits: int | None, file_type: str | None) -> PlannedModel:
     if not isinstance(config, Mapping):
-        raise SourceError(f"{path} is not a JSON object")
-    refuse_code(config, origin=str(path))
+        raise SourceError(f"the config.json of {name} is not a JSON object")
+    refuse_code(config, origin=f"{name}: config.json")
     if (image := vision_cost.cost(config)) is not None:
         if file_type is not None or bits not in (None, 8, 32):
             raise UsageError("a vision model is planned with --bits 8 or --bits 32")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hub_server
+import planned_gguf
 import pytest
 
 from edgekit import _fs, hub
@@ -22,6 +23,7 @@ from edgekit.errors import (
     UnsafeModelError,
     UsageError,
 )
+from edgekit.plan import plan
 from edgekit.source import source
 
 pytest.importorskip("huggingface_hub")
@@ -236,6 +238,15 @@ def test_two_downloads_of_one_commit_do_not_mix(tiny: Any) -> None:
 def test_nothing_is_printed(tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
     source(REPO)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_plan_fetches_the_config_alone_and_keeps_nothing(tiny: Any) -> None:
+    sizes = planned_gguf.CONFIG
+    tiny.files["config.json"] = json.dumps(sizes).encode()
+    found = plan(REPO, "rpi5")
+    assert found.parameters == planned_gguf.header().parameters
+    assert {name for name, _ in tiny.asked} == {"config.json"}
+    assert _snapshots() == []
 
 
 @pytest.mark.parametrize("spec", ["org", "a/b/c", "../b", "a/..", "org/na me", "-a/b", "a/b--c"])
