@@ -106,7 +106,14 @@ def _of_header(
     size = None if main in quant.FLOAT_TYPES else weight_bytes(header)
     if wanted is not None:
         header = retyped(header, wanted)
-    return PlannedModel(name, wanted or main, header=header, lossy_bytes=size)
+    return PlannedModel(name, wanted or _called(header), header=header, lossy_bytes=size)
+
+
+def _called(header: GgufHeader) -> str:
+    """The type that the file says it has (a mixture, such as Q4_K_M), else that of most weights."""
+    number = header.metadata.get("general.file_type")
+    known = {value: name for name, value in quant.GGUF_FTYPES.items()}
+    return known.get(number, header.main_type()) if isinstance(number, int) else header.main_type()
 
 
 def weight_bytes(header: GgufHeader) -> int:

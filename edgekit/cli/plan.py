@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Does MODEL fit a device, and how fast will it be? Needs neither of them.
 
-    MODEL is an artifact, a GGUF file (its beginning is enough), a folder with config.json, or a hub id.
-    Exit code 8: it does not fit.
+    MODEL is an artifact, a GGUF file (its beginning is enough), a folder with config.json, or a
+    hub id. Exit code 8: it does not fit.
     """
     if validating:
         if model or device:
