@@ -98,6 +98,7 @@ def command(
         if prompt is None:
             raise UsageError("a chat needs the model here: --device answers one PROMPT")
         if embed:
+            fields["runtime"] = runtime
             _show_vector(_embed_there(device, artifact, prompt, pooling, fields), as_json)
         else:
             how = {"system": system, "raw": raw, "runtime": runtime}
