@@ -66,8 +66,9 @@ class GgufPreset:
     imatrix: bool
 
 
-# One type a size, the llama.cpp family that loses least there on models whose rows are multiples of
-# 256. benchmarks/llm/presets.py measures these and their rivals on a fair float reference.
+# One type a size, as benchmarks/llm/presets.py measures them and their rivals on a fair float
+# reference: the one that loses least among those that decode fast. The types that look values up in
+# tables (IQ3, IQ2) are smaller for what they lose, and half as fast (docs/benchmarks.md).
 GGUF_BITS: dict[int, GgufPreset] = {
     16: GgufPreset("F16", imatrix=False),
     8: GgufPreset("Q8_0", imatrix=False),
