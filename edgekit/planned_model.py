@@ -24,6 +24,13 @@ from edgekit.unsafe_config import refuse_code
 from edgekit.vision_cost import VisionCost
 
 _BYTES = 1 << 22  # of a config.json
+_MAX_LAYERS, _MAX_SIZE = 4096, 1 << 31
+_SIZES = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.value_length", "attention.sliding_window"),
+    *("expert_count", "expert_used_count"),
+)
 _BITS = 4  # where neither the model nor the user says more
 
 
@@ -102,11 +109,22 @@ def _wanted(bits: int | None, file_type: str | None) -> str | None:
 def _of_header(
     name: str, header: GgufHeader, bits: int | None, file_type: str | None
 ) -> PlannedModel:
+    _check_sizes(name, header)
     wanted, main = _wanted(bits, file_type), header.main_type()
     size = None if main in quant.FLOAT_TYPES else weight_bytes(header)
     if wanted is not None:
         header = retyped(header, wanted)
     return PlannedModel(name, wanted or _called(header), header=header, lossy_bytes=size)
+
+
+def _check_sizes(name: str, header: GgufHeader) -> None:
+    """Refuse sizes that would make costs endless or absurd: the file may be a stranger's."""
+    for key in _SIZES:
+        value = header.metadata.get(f"{header.architecture}.{key}", 0)
+        most = _MAX_LAYERS if key == "block_count" else _MAX_SIZE
+        for each in value if isinstance(value, list) else [value]:
+            if type(each) is not int or not 0 <= each <= most:
+                raise SourceError(f"{name}: {key} cannot be {str(each)[:40]}")
 
 
 def _called(header: GgufHeader) -> str:

@@ -34,7 +34,7 @@ def write(planned: GgufHeader, path: Path) -> Path:
     writer = gguf.GGUFWriter(path, planned.architecture)
     for key, value in planned.metadata.items():
         if key != "general.architecture":
-            writer.add_uint32(key, value)
+            (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
     writer.add_float32(f"{planned.architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     for tensor in planned.tensors:
         kind: Any = np.float16 if tensor.type == "F16" else np.float32

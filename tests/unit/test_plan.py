@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import planned_gguf
 import pytest
 
 from edgekit import device_config
@@ -167,6 +169,23 @@ def test_impossible_wishes_are_refused(config: Any, options: dict[str, Any], wor
 def test_a_strange_config_is_refused_by_name(config: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(SourceError):
         planned(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", (1 << 32) - 1),
+        ("embedding_length", -576),
+        ("attention.head_count", -1),
+        ("attention.key_length", (1 << 32) - 1),
+        ("expert_count", -8),
+    ],
+)
+def test_a_lying_gguf_header_is_refused_at_once(tmp_path: Path, key: str, value: int) -> None:
+    header = planned_gguf.header(num_hidden_layers=2)
+    lying = replace(header, metadata=header.metadata | {f"llama.{key}": value})
+    with pytest.raises(SourceError, match=key):
+        plan(planned_gguf.write(lying, tmp_path / "lies.gguf"), "rpi5")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
