@@ -14,7 +14,17 @@ from edgekit.formats import gguf
 from edgekit.model_shape import header_of
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+# The others are built by other tests of this folder too, but not always on the same core.
+ALWAYS = ("llama3", "phi3", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny.MODELS
+    ],
+)
 def test_the_told_shapes_are_the_exported_ones(
     name: str, tiny_model: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:

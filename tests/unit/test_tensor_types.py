@@ -35,14 +35,14 @@ def _agrees(path: Path, name: str, imatrix: bool) -> None:
     assert {t.name: t.type for t in ours.tensors if t.name in real} == real, name
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K", "IQ3_XXS"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M", "IQ3_XXS"])
 def test_smollm2_gets_the_types_of_the_quantizer(smollm2_gguf: Path, name: str) -> None:
     """Its rows of 576 fall back where blocks of 256 do not fit."""
     _agrees(smollm2_gguf, name, True)
 
 
 @pytest.mark.parametrize("shape", ["grouped"])
-@pytest.mark.parametrize("name", ["Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q3_K_M", "Q2_K"])
 def test_a_common_model_gets_the_types_of_the_quantizer(
     shape: str, name: str, tmp_path: Path
 ) -> None:
