@@ -13,7 +13,6 @@ from edgekit import model_cost
 from edgekit.formats import gguf
 from edgekit.model_shape import header_of
 
-
 # The others are built by other tests of this folder too, but not always on the same core.
 ALWAYS = ("llama3", "phi3", "gemma3")
 
