@@ -67,7 +67,7 @@ def _show(report: SetupReport) -> None:
         rows += [
             ("would send", f"{len(report.wheels)} wheels, {show.size(report.upload_bytes)}"),
             ("needs", f"{show.size(report.needed_bytes)} of {show.size(board.free_bytes)} free"),
-            ("would install", ", ".join(wheel.partition(".whl")[0] for wheel in report.wheels)),
+            ("would install", ", ".join(" ".join(wheel.split("-")[:2]) for wheel in report.wheels)),
         ]
     else:
         rows += [

@@ -27,8 +27,12 @@ def test_hadolint_has_nothing_to_say() -> None:
 def test_every_base_is_pinned_by_its_digest() -> None:
     text = DOCKERFILE.read_text()
     assert re.search(r"^ARG BASE=\S+:\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
-    bases = re.findall(r"^FROM (?:--platform=\S+ )?(\S+)", text, re.MULTILINE)
-    assert set(bases) <= {"${BASE}", "${BUILD_BASE}", "scratch"}
+    stages = re.findall(r"^FROM (?:--platform=\S+ )?(\S+) AS (\S+)", text, re.MULTILINE)
+    assert len(stages) == len(re.findall(r"^FROM ", text, re.MULTILINE))
+    earlier = {"${BASE}", "${BUILD_BASE}", "scratch"}
+    for base, name in stages:
+        assert base in earlier
+        earlier.add(name)
     assert "ARG BUILD_BASE=${BASE}" in text
 
 
