@@ -191,8 +191,9 @@ def test_repetitions_in_which_the_flag_was_up_are_left_out(
         nonlocal turns
         turns += 1
         if turns == 3:
+            time.sleep(1.5)  # longer than between two looks: the first two turns are not near
             flag.write_text("4\n")
-            time.sleep(2.5)  # longer than between two looks, on a busy machine too
+            time.sleep(2.5)  # and a look comes before the run ends
         real(self)
 
     monkeypatch.setattr(EngineSide, "take_turn", take_turn)
