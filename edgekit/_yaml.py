@@ -134,7 +134,7 @@ def _mark(node: Any, place: str, lines: dict[str, int]) -> None:
             _mark(value, f"{place}[{number}]", lines)
 
 
-def load(path: Path, *, error: type[UsageError] = UsageError) -> Any:
+def read(path: Path, *, error: type[UsageError] = UsageError) -> Any:
     """``parse`` for a file; a missing or unreadable file is ``error`` too."""
     try:
         with path.open("rb") as file:

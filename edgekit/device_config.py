@@ -80,7 +80,7 @@ def devices() -> dict[str, Device]:
     file = path()
     if not file.exists():
         return {}
-    body = _yaml.load(file)
+    body = _yaml.read(file)
     rows = body.get("devices") if isinstance(body, dict) and set(body) == {"devices"} else None
     if not isinstance(rows, dict) or len(rows) > _MAX_DEVICES:
         raise UsageError(f"{file}: must hold one mapping, called 'devices'")

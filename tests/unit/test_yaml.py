@@ -31,12 +31,12 @@ def test_hostile_or_sloppy_yaml_is_refused(text: str, message: str) -> None:
 def test_plain_data_comes_back(tmp_path: Path) -> None:
     data = {"name": "rpi5", "cores": 4, "isa": ["neon", "dotprod"], "gbps": 9.3, "none": None}
     (tmp_path / "f.yaml").write_text(_yaml.dump(data))
-    assert _yaml.load(tmp_path / "f.yaml") == data
+    assert _yaml.read(tmp_path / "f.yaml") == data
 
 
 def test_unreadable_files_are_our_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
-        _yaml.load(tmp_path / "none.yaml")
+        _yaml.read(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     with pytest.raises(UsageError, match="not UTF-8"):
-        _yaml.load(tmp_path / "latin.yaml")
+        _yaml.read(tmp_path / "latin.yaml")
