@@ -17,6 +17,8 @@ MAX_BYTES = 1 << 20
 # Bounds the time: a value takes some 50 us on a desktop.
 MAX_VALUES = 1 << 17
 _MAX_DEPTH = 32
+_MAX_NUMBER_CHARS = 64
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ class _StrictLoader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
+
+    def construct_scalar(self, node: Any) -> Any:
+        # A long one costs quadratic time, and more so in YAML 1.1's base 60.
+        if node.tag in _NUMBERS and len(node.value) > _MAX_NUMBER_CHARS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of more than {_MAX_NUMBER_CHARS} characters",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
