@@ -102,6 +102,7 @@ def test_a_dry_run_foretells_the_file(cli: Callable[..., Any], tmp_path: Path) -
     assert {row["tensor"] for row in listed} == {t["name"] for t in fallbacks}
 
 
+@pytest.mark.slow
 def test_the_importance_matrix_is_computed_once(tmp_path: Path, text: Path) -> None:
     def export(kind: str) -> list[str]:
         stages: list[str] = []

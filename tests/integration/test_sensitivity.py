@@ -103,6 +103,7 @@ def test_fewer_bits_lose_more_of_smollm2(smollm2_gguf: Path) -> None:
     assert report.answers == () and "starts from Q4_1" in report.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_outlier_channels_make_a_model_more_sensitive(outliers: Report) -> None:
     (answer,) = outliers.answers
@@ -113,6 +114,7 @@ def test_outlier_channels_make_a_model_more_sensitive(outliers: Report) -> None:
     assert planted.reference_perplexity == pytest.approx(plain.reference_perplexity, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_breakdown_finds_the_tensor_and_the_layer(outliers: Report) -> None:
     plain, planted = outliers.models
     for parts, guilty in (("kinds", "ffn_down"), ("layers", str(_PLANTED_LAYER))):
@@ -126,6 +128,7 @@ def test_the_breakdown_finds_the_tensor_and_the_layer(outliers: Report) -> None:
     assert {kind for row in planted.kinds for kind in row.types} == {"Q4_K"}
 
 
+@pytest.mark.slow
 def test_the_activations_show_the_outliers(outliers: Report) -> None:
     plain, planted = outliers.models
 

@@ -164,6 +164,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_at_20_sizes(
     small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
