@@ -19,6 +19,8 @@ from edgekit.errors import ProfileError, UsageError
         ("1: x", "f.yaml:1: key 1 is not a string"),
         ("a: [", "f.yaml:1: "),
         ("[" * 60, "nested deeper than"),
+        ("a: " + "9" * 65, "f.yaml:1: a number of more than 64 characters"),
+        ("a: " + "1:" * 33 + "1.5", "f.yaml:1: a number of more than 64 characters"),
         ("a: \x00", "f.yaml: not valid YAML"),
         ("x" * (_yaml.MAX_BYTES + 1), "larger than"),
     ],
