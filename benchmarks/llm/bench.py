@@ -34,7 +34,7 @@ class Work:
 
     prompt: int = 512
     answer: int = 128
-    repetitions: int = 5
+    repetitions: int = 2  # few, and more turns: neighbours come and go in seconds
 
 
 @dataclass
@@ -122,20 +122,31 @@ def _speed_rows(found: dict[str, dict[str, Speeds]]) -> Iterator[list[object]]:
     for kind, tests in found.items():
         for test, figures in tests.items():
             ratio = measure.ratios(figures.ours, figures.theirs)
-            within = abs(ratio.median - 1) <= TARGET_DIFFERENCE
+            low, high = measure.median_interval(
+                [ours / theirs for ours, theirs in zip(figures.ours, figures.theirs, strict=True)]
+            )
             yield [
                 kind,
                 test,
                 f"{statistics.median(figures.theirs):.1f}",
                 f"{statistics.median(figures.ours):.1f}",
                 ratio,
-                ("yes" if within else "no") if test == "decode" else "-",
+                f"{low:.3f}..{high:.3f}",
+                _within(ratio.median, low, high) if test == "decode" else "-",
             ]
+
+
+def _within(median: float, low: float, high: float) -> str:
+    """Whether the median is as near as it must be, and whether that is certain."""
+    near = abs(median - 1) <= TARGET_DIFFERENCE
+    inside = low >= 1 - TARGET_DIFFERENCE and high <= 1 + TARGET_DIFFERENCE
+    outside = high < 1 - TARGET_DIFFERENCE or low > 1 + TARGET_DIFFERENCE
+    return ("yes" if near else "no") + ("" if inside or outside else ", not certain")
 
 
 def main() -> None:
     """Print the two tables."""
-    arguments = measure.parser(__doc__, reps=7).parse_args()
+    arguments = measure.parser(__doc__, reps=20).parse_args()
     figures: dict[str, Any] = {"machine": measure.describe_machine()}
     scratch = measure.scratch(arguments)
     tools = peers.find_tools(arguments.tools)
@@ -151,6 +162,7 @@ def main() -> None:
         f" (medians of {reps} turns)",
         [
             *("type", "test", "llama-bench tok/s", "edgekit bench tok/s", "edgekit / llama-bench"),
+            "median, 95% sure",
             f"decode within {TARGET_DIFFERENCE:.0%}",
         ],
         list(_speed_rows(found)),

@@ -60,15 +60,15 @@ class Conversion:
         """``edgekit export`` as a user types it, of the folder or of another ``model``."""
         options = ("--type", kind, "--calibration", "none", "--no-receipt")
         argv = peers.edgekit("export", model or self._model, *options)
-        return measure.run([*argv, "--out", self._work / f"ours-{kind}"])
+        return measure.run([*argv, "--out", self._work / f"ours-{kind}"], memory=True)
 
     def theirs(self) -> tuple[measure.Ran, measure.Ran]:
         """The script, to F16, then the quantizer."""
         float_file, out = self.their_file("F16"), self.their_file(TYPE)
         argv = [sys.executable, self._script, self._model, "--outfile", float_file]
-        converted = measure.run([*argv, "--outtype", "f16"], env=self._env)
+        converted = measure.run([*argv, "--outtype", "f16"], env=self._env, memory=True)
         quantize = [self._tools.program("llama-quantize"), float_file, out, TYPE, self._threads]
-        return converted, measure.run(quantize)
+        return converted, measure.run(quantize, memory=True)
 
     def our_file(self, kind: str) -> Path:
         return self._work / f"ours-{kind}" / "model.gguf"
@@ -159,13 +159,14 @@ def matrices(
         options = ("--type", TYPE, "--calibration", text, "--chunks", _ALL_CHUNKS, "--no-receipt")
         argv = peers.edgekit("export", model, *options, "--out", our_folder)
         # A home of its own: nothing may come out of a cache.
-        ours.add(measure.run(argv, env={"EDGEKIT_HOME": tempfile.mkdtemp(dir=work)}))
+        home = {"EDGEKIT_HOME": tempfile.mkdtemp(dir=work)}
+        ours.add(measure.run(argv, env=home, memory=True))
 
     def their_side() -> None:
         argv = [tools.program("llama-imatrix"), "-m", model, "-f", text, "-o", their_matrix]
-        matrix = measure.run([*argv, "--no-ppl", "-c", 512, "-t", threads])
+        matrix = measure.run([*argv, "--no-ppl", "-c", 512, "-t", threads], memory=True)
         argv = [tools.program("llama-quantize"), "--imatrix", their_matrix, model, their_file]
-        theirs.add(matrix, measure.run([*argv, TYPE, threads]))
+        theirs.add(matrix, measure.run([*argv, TYPE, threads], memory=True))
 
     measure.say("importance matrix")
     measure.in_turn(min(reps, 3), our_side, their_side)

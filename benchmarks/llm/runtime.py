@@ -173,7 +173,7 @@ class LlamaBench:
             512,
         ]
         argv += ["-pg", f"{work.prompt},{work.answer}", "-t", threads, "-fa", 1, "-ub", 512]
-        return measure.run(argv).largest_rss_bytes
+        return measure.run(argv, memory=True).largest_rss_bytes
 
 
 def same_settings(

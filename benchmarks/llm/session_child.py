@@ -76,7 +76,7 @@ def tests(
         answer: dict[str, Any] = {
             name: _test(session, name, samples=samples, **test) for name, test in tests.items()
         }
-    return answer | {"rss_bytes": measure.memory()[1]}
+    return answer | {"rss_bytes": measure.held_bytes()[1]}
 
 
 def _test(
