@@ -18,12 +18,12 @@ from edgekit.errors import ParityError, RecipeError, UsageError
 from edgekit.receipt import PROVEN, Gates, Receipt, differences
 from edgekit.recipe import Recipe
 from edgekit.registry import EXPORTERS, PROOFS
-from edgekit.source import ModelSource
+from edgekit.source import ModelSource, of_module
 from edgekit.source import source as resolve_source
 
 # progress(stage, done, total): what is being done, and how far it is in units of its own.
 Progress = Callable[[str, int, int], None]
-_REFERENCE_FILE = "reference.gguf"
+_REFERENCE_FILE = "reference"  # with the format's name as its suffix
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -34,8 +34,9 @@ def no_progress(stage: str, done: int, total: int) -> None:
 class ExportOptions:
     """What a user may ask of an export; None means "the documented default".
 
-    ``calibration`` is "builtin", "none" or a text file; ``overrides`` are (pattern, tensor type);
-    ``adapter`` is a LoRA folder, merged in or (``adapter_mode`` "keep") shipped beside the model.
+    ``calibration`` is "builtin", "none", a text file or a folder of images, ``chunks`` how many
+    pieces of it; ``overrides`` are (pattern, tensor type); ``adapter`` is a LoRA folder, merged in
+    or (``adapter_mode`` "keep") shipped beside the model; ``fusion`` is "auto" or "none".
     """
 
     bits: int | None = None
@@ -45,6 +46,7 @@ class ExportOptions:
     overrides: tuple[tuple[str, str], ...] = ()
     adapter: Path | None = None
     adapter_mode: str = "merge"
+    fusion: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Exporter(Protocol):
 class Claim:
     """What a proof is about: ``product`` (with ``adapters`` beside it) does what ``source`` does,
     as far as its bits go. ``reference`` is a float file of the source. ``chunks`` of held-out text
-    are read; None lets the proof choose, by the time that they take here.
+    are read; None lets the proof choose, by the time that they take here. ``data`` is held-out data
+    of the user's own: a text file or a folder of images.
     """
 
     source: ModelSource
@@ -139,6 +142,7 @@ class Claim:
     reference: Path
     fallbacks: int
     chunks: int | None = None
+    data: Path | None = None
 
 
 # A proof: measures everything and fills the receipt. Raises ParityError where the claim is false.
@@ -157,23 +161,29 @@ def plan(
 
 
 def export(
-    model: str | Path | ModelSource,
+    model: str | Path | ModelSource | Any,
     format: str = "gguf",
     *,
     out: str | Path,
+    example_inputs: Any = None,
     revision: str | None = None,
     progress: Progress = no_progress,
     expect: Manifest | None = None,
     receipt: bool = True,
     gates: Gates | None = None,
+    eval_data: str | Path | None = None,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
 
+    ``model`` is what ``edgekit.source`` takes, a ModelSource, or a ``torch.nn.Module``, which needs
+    ``example_inputs``: a tuple of tensors to call it with, or a dict of them by parameter name.
+
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
     With ``receipt`` the output is proved before it is committed (docs/receipt.md), and must pass
-    ``gates``; without it the manifest says "unproven". ``expect`` is the manifest of an earlier
-    export that this one must repeat, byte for byte.
+    ``gates``; without it the manifest says "unproven". ``eval_data`` is what it is measured on
+    instead of the built-in inputs: a folder of images or a text file. ``expect`` is the manifest of
+    an earlier export that this one must repeat, byte for byte.
     Raises UsageError, SourceError, ExportError (ParityError and GateError among them),
     OutOfSpaceError, MissingExtraError, InferenceError.
     """
@@ -187,6 +197,8 @@ def export(
             "without a receipt nothing is measured that a gate could check",
             hint="drop --no-receipt, or all gates but --max-size",
         )
+    if example_inputs is not None or not isinstance(model, str | Path | ModelSource):
+        model = of_module(model, example_inputs)
     source, exporter, plan = _prepare(model, format, revision, chosen)
     if expect is not None and plan.recipe != expect.recipe:
         was, now = expect.recipe.to_dict(), plan.recipe.to_dict()
@@ -225,7 +237,8 @@ def export(
         proved = Receipt()
         if receipt:
             made = Artifact(folder, manifest)
-            proved = _prove(exporter, source, plan, made, folder / _REFERENCE_FILE, None, progress)
+            data = Path(eval_data) if eval_data is not None else None
+            proved = _prove(exporter, source, plan, made, folder, None, progress, data)
         gates.check(proved, sum(file.size_bytes for file in manifest.files))
         proved = replace(proved, gates=gates.limits())
         manifest = replace(manifest, receipt=proved.to_dict())
@@ -238,14 +251,16 @@ def _prove(
     source: ModelSource,
     plan: ExportPlan,
     artifact: Artifact,
-    scratch: Path,
+    folder: Path,
     chunks: int | None,
     progress: Progress,
+    data: Path | None = None,
 ) -> Receipt:
-    """Measure ``artifact`` against the float model, which lies at ``scratch`` meanwhile."""
+    """Measure ``artifact`` against the float model, which lies in ``folder`` meanwhile."""
     if artifact.format not in PROOFS:
         return Receipt(reason=f"edgekit has no proof for the format {artifact.format}")
     proof: Proof = PROOFS.load(artifact.format)
+    scratch = folder / f"{_REFERENCE_FILE}.{artifact.format}"
     files = artifact.manifest.files
     claim = Claim(
         source=source,
@@ -256,6 +271,7 @@ def _prove(
         reference=exporter.reference(source, plan.recipe, scratch, progress),
         fallbacks=len(plan.fallbacks),
         chunks=chunks,
+        data=data,
     )
     receipt = proof(claim, progress)
     scratch.unlink(missing_ok=True)
@@ -303,6 +319,7 @@ def repeat(
         overrides=recipe.overrides,
         adapter=adapter,
         adapter_mode=recipe.adapter_mode,
+        fusion=recipe.fusion,
     )
 
 
@@ -340,13 +357,17 @@ def reprove(
     _fs.require_space(place, plan.reference_bytes)
     chunks = was.quality.chunks if was.quality else None
     with _fs.scratch(place) as folder:
-        scratch = folder / _REFERENCE_FILE
-        now = _prove(exporter, source, plan, artifact, scratch, chunks, progress)
+        now = _prove(exporter, source, plan, artifact, folder, chunks, progress)
     return now, differences(was, now)
 
 
 def _source_again(earlier: Manifest, model: str | Path | None, progress: Progress) -> ModelSource:
     """The model that a manifest was made from: ``model``, or where it was. Raises RecipeError."""
+    if earlier.source["kind"] == "module":
+        raise RecipeError(
+            "the artifact was made from a module in a program's memory",
+            hint="run that program again: equal inputs give equal bytes",
+        )
     if model is None:
         source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
     else:

@@ -179,16 +179,16 @@ def _list(repo: str, revision: str) -> tuple[str, list[RemoteFile]]:
             raise UnsafeModelError(
                 f"{repo} has a file with the unsafe name {shown(name)}"
             ) from None
-    files = [_remote(repo, sibling) for sibling in siblings if _wanted(str(sibling.rfilename))]
+    files = [
+        _remote(repo, sibling)
+        for sibling in siblings
+        if model_folder.wanted(str(sibling.rfilename))
+    ]
     if not any(file.name.endswith(".safetensors") for file in files):
         model_folder.refuse_without_weights(repo, names)
     if len({file.name for file in files}) != len(files):
         raise DownloadError(f"{repo} lists a file twice")
     return commit, files
-
-
-def _wanted(name: str) -> bool:
-    return "/" not in name and model_folder.wanted(name)
 
 
 def _remote(repo: str, sibling: Any) -> RemoteFile:
@@ -223,7 +223,7 @@ def _download(
     total = sum(file.size_bytes for file in files)
     with _fs.disk_errors(work), _fs.staged(cache / commit, owns=lambda _: True) as snapshot:
         work.mkdir(exist_ok=True)
-        missing = [file for file in files if not (work / file.name).is_file()]
+        missing = [file for file in files if not _whole(work, file).is_file()]
         missing_bytes = sum(file.size_bytes for file in missing)
         started_bytes = sum(_size(_partial(work, file)) for file in missing)
         _fs.require_space(work, missing_bytes - started_bytes)
@@ -232,7 +232,8 @@ def _download(
             _fetch_file(repo, commit, file, work, report)
             missing_bytes -= file.size_bytes
         for file in files:
-            os.rename(work / file.name, snapshot / file.name)
+            (snapshot / file.name).parent.mkdir(exist_ok=True)
+            os.rename(_whole(work, file), snapshot / file.name)
         for leftover in work.iterdir():
             leftover.unlink()
         work.rmdir()
@@ -248,8 +249,14 @@ class _Report:
         self._tell(self._before + file_bytes, self._total)
 
 
+def _whole(work: Path, file: RemoteFile) -> Path:
+    """Where a complete file waits: all of them flat, whatever folder they belong to."""
+    return work / file.name.replace("/", "--")
+
+
 def _partial(work: Path, file: RemoteFile) -> Path:
-    return work / f"{file.name}.{file.blob_id[:12]}.partial"
+    whole = _whole(work, file)
+    return whole.with_name(f"{whole.name}.{file.blob_id[:12]}.partial")
 
 
 def _size(path: Path) -> int:
@@ -277,7 +284,7 @@ def _fetch_file(
             f"{file.name} of {repo} is not the file that the hub describes",
             hint="run it again: the bad copy was removed",
         )
-    os.replace(partial, work / file.name)
+    os.replace(partial, _whole(work, file))
 
 
 class _Bounded:

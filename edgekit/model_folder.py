@@ -45,6 +45,9 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "modules.json",
+    "1_Pooling/config.json",
 )
 
 _CODE_READERS = (CONFIG, "generation_config.json", "tokenizer_config.json")
@@ -65,7 +68,7 @@ class ModelFolder:
 
 
 def wanted(name: str) -> bool:
-    """Whether a file of this name, at the top of a repository, is one that edgekit reads."""
+    """Whether a file of this name in a repository is one that edgekit reads."""
     return name in (*COMPANIONS, WEIGHTS_INDEX) or bool(_WEIGHTS_NAME.fullmatch(name))
 
 

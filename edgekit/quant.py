@@ -79,6 +79,18 @@ GGUF_BITS: dict[int, GgufPreset] = {
     2: GgufPreset("Q2_K", imatrix=True),
 }
 
+# What the weights (w) and activations (a) of an ONNX file are; the words are those of the recipes.
+ONNX_TYPES = (
+    "F32",
+    "F16",
+    "dynamic_wi8_afp32",
+    "static_wi8_ai8",
+    "weight_only_wi8b32",
+    "weight_only_wi4b32",
+)
+# These need inputs to run the model on while it is quantized.
+NEEDS_SAMPLES = ("static_wi8_ai8",)
+
 
 def gguf_type(name: str) -> str:
     """The canonical name of a GGUF file type. Raises RecipeError with the closest known name."""
@@ -102,3 +114,27 @@ def gguf_preset(bits: int) -> GgufPreset:
 def wants_imatrix(type_name: str) -> bool:
     """Whether an importance matrix pays: at about 6 bits and below it halves the KL divergence."""
     return type_name not in (*FLOAT_TYPES, "Q8_0", "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q1_0", "Q2_0")
+
+
+def onnx_type(name: str) -> str:
+    """The canonical name of a precision in ONNX. Raises RecipeError with the closest known name."""
+    known = {each.lower(): each for each in ONNX_TYPES}
+    if name.lower() not in known:
+        raise RecipeError(
+            f"unknown ONNX type '{name}'", hint=did_you_mean(name.lower(), list(ONNX_TYPES))
+        )
+    return known[name.lower()]
+
+
+def onnx_preset(bits: int, *, convolutional: bool) -> str:
+    """The documented default for ``bits`` per weight. Raises RecipeError for other numbers.
+
+    In 8 bits a network of convolutions is several times slower with dynamic activations than in
+    float, and one of matrix products is slower with static ones (docs/onnx.md).
+    """
+    eight = "static_wi8_ai8" if convolutional else "dynamic_wi8_afp32"
+    presets = {32: "F32", 16: "F16", 8: eight, 4: "weight_only_wi4b32"}
+    if bits not in presets:
+        choices = ", ".join(str(each) for each in sorted(presets))
+        raise RecipeError(f"no ONNX default for {bits} bits", hint=f"choose one of {choices}")
+    return presets[bits]

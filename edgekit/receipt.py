@@ -6,6 +6,7 @@ Knows figures, their JSON form and how they compare; never measures one, and kno
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,19 @@ _TOLERANCES = {
     "reference_perplexity": (0.01, 0.0),
     "perplexity_ratio": (0.01, 0.0),
 }
+# The same for models that are no language models: at least so much, of KL a share besides.
+_AGREEMENT_TOLERANCES = {
+    "cosine": 0.005,
+    "mean_kl": 0.01,
+    "top1": 0.05,
+    "top5": 0.05,
+    "neighbours": 0.05,
+}
+_KL_SHARE = 0.15
+_PARTS = (
+    *("reference", "completion", "tokens", "quality", "speed"),
+    *("agreement", "latency", "size"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,48 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """The first output against the reference's on held-out inputs, for models that are no language
+    models.
+
+    Of classifiers: ``mean_kl`` of the softmax in nats, ``top1`` the share of inputs with the same
+    class, ``top5`` of those whose class is among the five likeliest. Of embeddings: ``neighbours``,
+    the share of inputs whose nearest neighbour among the others is the same.
+    """
+
+    data: str
+    data_sha256: str
+    samples: int
+    cosine: Interval
+    least_cosine: float
+    max_error: float
+    mean_kl: Interval | None
+    top1: Interval | None
+    top5: Interval | None
+    neighbours: Interval | None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one run here, medians of interleaved rounds, and how many times as fast as
+    the reference; the bounds are those of nine rounds in ten.
+    """
+
+    ms: float
+    reference_ms: float
+    ratio: Interval
+    rounds: int
+    threads: int
+    cpu: str
+    busy: bool
+
+    @property
+    def slower(self) -> bool:
+        """In every round, or by so much at the median that one lucky round proves nothing."""
+        return self.ratio.high < 1 or self.ratio.value < _CLEARLY_SLOWER
+
+
+@dataclass(frozen=True)
 class Size:
     """Of the model file. ``fallbacks``: tensors that are larger than their type promises."""
 
@@ -151,6 +207,8 @@ class Receipt:
     tokens: Tokens | None = None
     quality: Quality | None = None
     speed: Speed | None = None
+    agreement: Agreement | None = None
+    latency: Latency | None = None
     size: Size | None = None
     gates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -174,13 +232,15 @@ class Gates:
     """Limits on an export; None means none. A measured figure counts, not its interval.
 
     ``max_kld`` and ``max_kld_p99`` in nats, ``min_top1`` as a share, ``max_ppl_ratio`` and
-    ``min_speed_ratio`` (the slower of decode and prefill) against the reference, ``max_size_bytes``
-    for all files of the artifact. Raises UsageError for a limit that makes no sense.
+    ``min_speed_ratio`` (the slower of decode and prefill, or the latency) against the reference,
+    ``min_cosine`` the mean over held-out inputs, ``max_size_bytes`` for all files of the artifact.
+    Raises UsageError for a limit that makes no sense.
     """
 
     max_kld: float | None = None
     max_kld_p99: float | None = None
     min_top1: float | None = None
+    min_cosine: float | None = None
     max_ppl_ratio: float | None = None
     max_size_bytes: int | None = None
     min_speed_ratio: float | None = None
@@ -190,8 +250,9 @@ class Gates:
             number = isinstance(limit, int | float) and not isinstance(limit, bool)
             if not number or not math.isfinite(limit) or limit <= 0:
                 raise UsageError(f"{name} must be a number above 0, not {limit!r}")
-        if self.min_top1 is not None and self.min_top1 > 1:
-            raise UsageError(f"min_top1 must be a share of at most 1, not {self.min_top1!r}")
+        for name in ("min_top1", "min_cosine"):
+            if (limit := getattr(self, name)) is not None and limit > 1:
+                raise UsageError(f"{name} can be no more than 1, not {limit!r}")
 
     def limits(self) -> dict[str, float]:
         """Those that are set."""
@@ -231,17 +292,20 @@ class Gates:
 def _figures(receipt: Receipt, size_bytes: int) -> dict[str, tuple[str, float | None, str]]:
     """Gate -> (what it is about, the figure, the figure with its bounds as people read it)."""
     quality, speed = receipt.quality, receipt.speed
-    slowest = None
+    agreement = receipt.agreement
+    likeness = quality or agreement
+    slowest = receipt.latency.ratio if receipt.latency else None
     if speed:
         slowest = min(speed.decode_ratio, speed.prefill_ratio, key=lambda ratio: ratio.value)
     return {
-        "max_kld": ("mean KL", *_bounded(quality.mean_kl if quality else None)),
+        "max_kld": ("mean KL", *_bounded(likeness.mean_kl if likeness else None)),
         "max_kld_p99": (
             "p99 of KL",
             quality.p99_kl if quality else None,
             f"{quality.p99_kl:.4g}" if quality else "",
         ),
-        "min_top1": ("same top-1", *_bounded(quality.top1 if quality else None, percent=True)),
+        "min_top1": ("same top-1", *_bounded(likeness.top1 if likeness else None, percent=True)),
+        "min_cosine": ("cosine", *_bounded(agreement.cosine if agreement else None)),
         "max_ppl_ratio": (
             "perplexity ratio",
             *_bounded(quality.perplexity_ratio if quality else None),
@@ -279,8 +343,11 @@ def differences(was: Receipt, now: Receipt) -> list[str]:
     """
     found = []
     if was.status == PROVEN:
-        parts = ("reference", "completion", "tokens", "quality", "speed", "size")
-        found += [f"it has no {name}" for name in parts if getattr(was, name) is None]
+        found += [
+            f"it has no {name}"
+            for name in _PARTS
+            if getattr(was, name) is None and getattr(now, name) is not None
+        ]
     if was.size and now.size and was.size.size_bytes != now.size.size_bytes:
         found.append(f"size_bytes was {was.size.size_bytes}, is {now.size.size_bytes}")
     if was.quality and now.quality:
@@ -292,7 +359,25 @@ def differences(was: Receipt, now: Receipt) -> list[str]:
             old, new = (_value(getattr(side.quality, name)) for side in (was, now))
             if not abs(old - new) <= max(share * abs(new), least):
                 found.append(f"{name} was {old:.4g}, is {new:.4g}")
+    if was.agreement and now.agreement:
+        found += _disagreements(was.agreement, now.agreement)
     return found
+
+
+def _disagreements(was: Agreement, now: Agreement) -> Iterator[str]:
+    for name in ("data_sha256", "samples"):
+        if (old := getattr(was, name)) != (new := getattr(now, name)):
+            yield f"{name} was {old}, is {new}"
+    for name, least in _AGREEMENT_TOLERANCES.items():
+        pair = getattr(was, name), getattr(now, name)
+        if None in pair:
+            if pair != (None, None):
+                yield f"{name} was {pair[0]}, is {pair[1]}"
+            continue
+        old, new = map(_value, pair)
+        share = _KL_SHARE if name == "mean_kl" else 0.0
+        if not abs(old - new) <= max(share * abs(new), least):
+            yield f"{name} was {old:.4g}, is {new:.4g}"
 
 
 def _value(figure: float | Interval) -> float:

@@ -17,14 +17,17 @@ from edgekit.errors import RecipeError
 from edgekit.registry import did_you_mean
 
 _ADAPTER_MODES = ("merge", "keep")
+_FUSIONS = ("auto", "none")
 _MAX_PATTERN = 256
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that an importance matrix is computed from: its name, its hash and how much of it.
+    """What a model is run on while it is quantized: its name, its hash and how much of it.
 
-    ``text`` is "builtin" or the file's name (for people; ``sha256`` is what decides).
+    ``text`` is "builtin", or the name of the text file or folder of images (for people; ``sha256``
+    is what decides). ``chunks`` counts pieces of ``chunk_tokens`` tokens, or, where that is 0,
+    whole inputs.
     """
 
     text: str
@@ -39,8 +42,9 @@ class Recipe:
 
     ``type`` is the precision in the format's own words (GGUF: ``Q4_K_M``). ``overrides`` are pairs
     of a regular expression on tensor names and a tensor type; the first match wins. ``calibration``
-    is None when no importance matrix is used. ``adapter`` is the SHA-256 of a LoRA to merge in
-    (``adapter_mode`` "merge") or to ship beside the model ("keep").
+    is None when nothing is run while quantizing. ``adapter`` is the SHA-256 of a LoRA to merge in
+    (``adapter_mode`` "merge") or to ship beside the model ("keep"). ``fusion`` "none" leaves the
+    operators of a graph as they were exported.
     Raises RecipeError for unknown names and impossible combinations.
     """
 
@@ -50,6 +54,7 @@ class Recipe:
     overrides: tuple[tuple[str, str], ...] = field(default=())
     adapter: str | None = None
     adapter_mode: str = "merge"
+    fusion: str = "auto"
 
     def __post_init__(self) -> None:
         if self.format == "gguf":
@@ -60,6 +65,14 @@ class Recipe:
                 raise RecipeError(
                     f"{self.type} needs an importance matrix", hint="drop --calibration none"
                 )
+        if self.format == "onnx":
+            object.__setattr__(self, "type", quant.onnx_type(self.type))
+            if self.type in quant.NEEDS_SAMPLES and self.calibration is None:
+                raise RecipeError(
+                    f"{self.type} needs inputs to calibrate on", hint="drop --calibration none"
+                )
+        if self.fusion not in _FUSIONS:
+            raise RecipeError(f"fusion must be one of {', '.join(_FUSIONS)}")
         if self.adapter_mode not in _ADAPTER_MODES:
             raise RecipeError(f"adapter_mode must be one of {', '.join(_ADAPTER_MODES)}")
         for pattern, _ in self.overrides:

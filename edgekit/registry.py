@@ -80,7 +80,10 @@ class Shelf(Mapping[str, str]):
 EXPORTERS = Shelf(
     "export format",
     "edgekit.exporters",
-    {"gguf": "edgekit.exporters.to_gguf:GgufExporter"},
+    {
+        "gguf": "edgekit.exporters.to_gguf:GgufExporter",
+        "onnx": "edgekit.exporters.to_onnx:OnnxExporter",
+    },
     extra="export",
 )
 
@@ -90,6 +93,7 @@ RUNTIMES = Shelf(
     {
         "llamacpp": "edgekit.runtimes.llamacpp:LlamaCppRuntime",
         "echo": "edgekit.runtimes.echo:EchoRuntime",
+        "ort": "edgekit.runtimes.ort:OrtRuntime",
     },
     extra="llama",
 )
@@ -98,12 +102,12 @@ RUNTIMES = Shelf(
 PROOFS = Shelf(
     "proof for a format",
     "edgekit.proofs",
-    {"gguf": "edgekit.proof:prove"},
+    {"gguf": "edgekit.proof:prove", "onnx": "edgekit.proof_tensors:prove"},
     extra="export",
 )
 
 # The runtime for an artifact's format, where the user names none.
-RUNTIME_OF_FORMAT = {"gguf": "llamacpp"}
+RUNTIME_OF_FORMAT = {"gguf": "llamacpp", "onnx": "ort"}
 
 # Profiles of boards that strangers bring: a name, and the file (importlib.resources) that holds it.
 # The built-in ones are the files of devices/profiles/.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -251,17 +251,78 @@ class Session(Protocol):
     ) -> None: ...
 
 
-class Runtime(Protocol):
-    """An engine: turns a model file into a Session."""
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph: ``dtype`` in numpy's words; a dimension is a size, the name of
+    a free one, or None.
+    """
 
-    def load(self, path: Path, params: LoadParams) -> Session:
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class TensorSession(Protocol):
+    """A loaded model of tensors: vision models, encoders, any graph. Close it, or use it in
+    ``with``. One caller at a time.
+    """
+
+    @property
+    def task(self) -> str:
+        """What the model is for: one of ``preprocess.Task``."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` gives."""
+        ...
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays by name in, numpy arrays by name out. UsageError for wrong names or shapes."""
+        ...
+
+    def classify(self, what: Any, *, top: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes of an image or a text, with their probabilities, best first."""
+        ...
+
+    def embed(self, what: Any) -> list[float] | list[list[float]]:
+        """A vector for an image or a text; a list of vectors for a list of them."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. Twice is fine."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """An engine: turns a model file into a Session, or a TensorSession."""
+
+    def load(self, path: Path, params: LoadParams) -> Any:
         """Load a model file. A bad one ends in an EdgekitError, never in a dead process."""
         ...
 
 
-def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: Any) -> Session:
-    """Load an Artifact, a path to one, or a GGUF file; keyword arguments as in LoadParams.
+_FORMAT_OF_SUFFIX = {".onnx": "onnx"}  # of a bare file; any other is taken for a GGUF
 
+
+def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: Any) -> Any:
+    """Load an Artifact, a path to one, or a GGUF or ONNX file; keyword arguments as in LoadParams.
+
+    A language model is a Session, any other model a TensorSession.
     ``runtime`` None takes the one for the model's format. An adapter that the artifact ships is
     applied with scale 1, unless ``adapters`` names its file too, with a scale of its own.
     A file that the engine never loaded before is first loaded in a child process, so that a hostile
@@ -275,11 +336,12 @@ def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: 
     if isinstance(model, str | Path):
         path = Path(model)
         if path.is_file():
-            return _engine(runtime, "gguf").load(path, params)
+            model_format = _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "gguf")
+            return _engine(runtime, model_format).load(path, params)
         model = Artifact.open(path)
     if not isinstance(model, Artifact):
         raise UsageError(
-            f"cannot load a {type(model).__name__}; give an artifact, its folder or a GGUF file"
+            f"cannot load a {type(model).__name__}; give an artifact, its folder or a model file"
         )
     engine = _engine(runtime, model.format)
     model.verify_sizes()

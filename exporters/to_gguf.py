@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import quant
-from edgekit.errors import ExportError, OutOfSpaceError, RecipeError
+from edgekit.errors import ExportError, OutOfSpaceError, RecipeError, UnsupportedModelError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
 from edgekit.exporters import hf_to_gguf, imatrix, lora, quantizer
 from edgekit.formats import gguf
@@ -40,6 +40,13 @@ class GgufExporter:
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a type; calibration texts and adapters to their hashes."""
+        if source.kind not in ("hf", "gguf"):
+            raise UnsupportedModelError(
+                f"a GGUF holds a language model, and {source.spec} is none that edgekit knows",
+                hint="--format onnx takes any torch module and any ONNX file",
+            )
+        if options.fusion != "auto":
+            raise RecipeError("a GGUF has no operators to fuse", hint="drop --no-fusion")
         if options.bits is not None and options.type is not None:
             raise RecipeError(
                 "give --bits or --type, not both", hint="--bits stands for one default type"

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgekit import _fs, _proc
 from edgekit.runtime import LoadParams
@@ -23,30 +24,42 @@ _ENGINE_BYTES = 4 << 30
 
 
 def check(path: Path, adapters: Sequence[Path]) -> None:
-    """Load ``path`` and decode one token in a child, unless these very files have passed before.
+    """Load a GGUF and decode one token in a child, unless these very files have passed before.
 
     Raises EngineCrashedError, DeadlineError, LoadError: then the file is not to be loaded here.
     """
-    files = [path, *adapters]
-    passed = _fs.home("cache") / "first-load" / _fingerprint(files)
+    from edgekit.llama_library import version
+
+    arguments = {
+        "path": str(path.absolute()),
+        "adapters": [str(file.absolute()) for file in adapters],
+    }
+    pass_once([path, *adapters], "edgekit.runtimes.first_load:attempt", arguments, version())
+
+
+def pass_once(files: Sequence[Path], attempt: str, arguments: dict[str, Any], engine: str) -> None:
+    """Call ``attempt`` ("module:function") with ``arguments`` in a child, unless it has passed with
+    these files and this version of the engine before. The first of ``files`` is the model.
+
+    Raises EngineCrashedError, DeadlineError, and what the function raises.
+    """
+    passed = _fs.home("cache") / "first-load" / _fingerprint(files, engine)
     if os.path.exists(passed):
         return
     size_bytes = sum(file.stat().st_size for file in files)
     _proc.call(
-        "edgekit.runtimes.first_load:attempt",
-        {"path": str(path.absolute()), "adapters": [str(file.absolute()) for file in adapters]},
+        attempt,
+        arguments,
         timeout_s=_TIMEOUT_S + size_bytes // _SLOWEST_DISK_BYTES_S,
         memory_bytes=_FILE_COPIES * size_bytes + _ENGINE_BYTES,
-        what=f"loading {path} in a child process",
+        what=f"loading {files[0]} in a child process",
     )
     cache_file.write(passed, b"")
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
+def _fingerprint(files: Sequence[Path], engine: str) -> str:
     """Name, size, time and place of the files: a changed file has another one."""
-    from edgekit.llama_library import version
-
-    facts = [version()]
+    facts = [engine]
     for file in files:
         status = file.stat()
         facts += [str(file.resolve()), str(status.st_size), str(status.st_mtime_ns)]

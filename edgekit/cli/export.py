@@ -19,7 +19,7 @@ from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
 
 _RECIPE = ("bits", "overrides", "chunks")
-_GATES = ("max_kld", "max_kld_p99", "min_top1", "max_ppl_ratio", "min_speed_ratio")
+_GATES = ("max_kld", "max_kld_p99", "min_top1", "min_cosine", "max_ppl_ratio", "min_speed_ratio")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
@@ -65,8 +65,18 @@ def _pairs(
     default="gguf",
     help="Form of the artifact (default gguf).",
 )
-@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6, 8 or 16 (default 4).")
-@click.option("--type", "type_", metavar="TYPE", help="Instead of --bits: a type such as Q4_K_M.")
+@click.option(
+    "--bits",
+    type=int,
+    help="Bits per weight: GGUF 2, 3, 4, 5, 6, 8 or 16 (default 4); ONNX 4, 8, 16 or 32 (default"
+    " 8).",
+)
+@click.option(
+    "--type",
+    "type_",
+    metavar="TYPE",
+    help="Instead of --bits: a type such as Q4_K_M or static_wi8_ai8.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -75,13 +85,14 @@ def _pairs(
 @click.option("--revision", help="Commit, tag or branch of a hub id.")
 @click.option(
     "--calibration",
-    metavar="FILE|builtin|none",
-    help="Text for the importance matrix (default: builtin at 6 bits and below).",
+    metavar="FILE|FOLDER|builtin|none",
+    help="Text for the importance matrix (default: builtin at 6 bits and below); ONNX: text or"
+    " images for the ranges of static activations.",
 )
 @click.option(
     "--chunks",
     type=click.IntRange(2, 10_000),
-    help="Calibration chunks of 512 tokens (default 32).",
+    help="Calibration chunks of 512 tokens (default 32); ONNX: inputs (default 64).",
 )
 @click.option(
     "--override",
@@ -97,6 +108,7 @@ def _pairs(
     help="LoRA folder to merge into the model.",
 )
 @click.option("--keep-adapter", is_flag=True, help="Ship the adapter beside the model instead.")
+@click.option("--no-fusion", is_flag=True, help="ONNX: leave the operators as they were traced.")
 @click.option(
     "--from-manifest",
     type=click.Path(exists=True, path_type=Path),
@@ -107,9 +119,18 @@ def _pairs(
     is_flag=True,
     help='Do not measure the output against the float model: the manifest says "unproven".',
 )
+@click.option(
+    "--eval-data",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE|FOLDER",
+    help="ONNX: measure the receipt on these texts or images instead of the built-in ones.",
+)
 @click.option("--max-kld", type=float, metavar="NATS", help="Gate: mean KL divergence.")
 @click.option("--max-kld-p99", type=float, metavar="NATS", help="Gate: its 99th percentile.")
-@click.option("--min-top1", callback=_share, metavar="SHARE", help="Gate: same likeliest token.")
+@click.option(
+    "--min-top1", callback=_share, metavar="SHARE", help="Gate: same likeliest token or class."
+)
+@click.option("--min-cosine", type=float, metavar="COSINE", help="Gate (ONNX): mean cosine.")
 @click.option("--max-ppl-ratio", type=float, metavar="RATIO", help="Gate: perplexity ratio.")
 @click.option("--max-size", callback=_bytes, metavar="SIZE", help="Gate: such as 120MB.")
 @click.option(
@@ -130,22 +151,34 @@ def command(
     as_json: bool,
     type_: str | None,
     keep_adapter: bool,
+    no_fusion: bool,
     no_receipt: bool,
+    eval_data: Path | None,
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
 
-    MODEL is a Hugging Face folder, a hub id, a GGUF file, or the built-in name smollm2-135m.
+    MODEL is a Hugging Face folder, a hub id, a GGUF or ONNX file, a function in a Python file of
+    your own that returns a torch module and its example inputs, or the built-in name smollm2-135m.
 
     \b
     edgekit export smollm2-135m --format gguf --bits 4
     edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
     edgekit export smollm2-135m --bits 4 --max-kld 0.1 --max-size 120MB
+    edgekit export ./vit-tiny --format onnx --bits 8 --eval-data photos/
+    edgekit export net.py:make --format onnx
     """
     limits = {name: fields.pop(name) for name in _GATES}
     gates = Gates(max_size_bytes=fields.pop("max_size"), **limits)
     if from_manifest is not None:
-        if dry_run or type_ or revision or keep_adapter or any(fields[name] for name in _RECIPE):
+        if (
+            dry_run
+            or type_
+            or revision
+            or keep_adapter
+            or no_fusion
+            or any(fields[name] for name in _RECIPE)
+        ):
             raise UsageError("--from-manifest takes the whole recipe from the manifest")
         if out is None:
             raise UsageError("--from-manifest needs --out")
@@ -167,7 +200,12 @@ def command(
         )
     if keep_adapter and not fields["adapter"]:
         raise UsageError("--keep-adapter needs --adapter")
-    options = ExportOptions(type=type_, adapter_mode="keep" if keep_adapter else "merge", **fields)
+    options = ExportOptions(
+        type=type_,
+        adapter_mode="keep" if keep_adapter else "merge",
+        fusion="none" if no_fusion else "auto",
+        **fields,
+    )
     with show.progress(quiet=as_json) as progress:
         source = find_source(model, revision=revision, on_progress=partial(progress, "download"))
     found = plan(source, format_, options=options)
@@ -184,14 +222,17 @@ def command(
             progress=progress,
             receipt=not no_receipt,
             gates=gates,
+            eval_data=eval_data,
             **vars(options),
         )
     _render(artifact, as_json)
 
 
 def _base_name(model: str) -> str:
-    """``./TinyLlama-1.1B`` -> ``TinyLlama-1.1B``, ``org/name`` -> ``name``, ``x.gguf`` -> ``x``."""
-    return Path(model).resolve().name.removesuffix(".gguf")
+    """``./TinyLlama-1.1B`` -> ``TinyLlama-1.1B``, ``org/name`` -> ``name``, ``x.gguf`` -> ``x``,
+    ``net.py:make`` -> ``net``.
+    """
+    return re.sub(r"\.(gguf|onnx|py(:\w+)?)$", "", Path(model).resolve().name)
 
 
 def _render_plan(found: ExportPlan, as_json: bool) -> None:
@@ -261,6 +302,8 @@ def _facts(details: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tensors", ", ".join(f"{count} {kind}" for kind, count in details["types"].items())
     if matrix := details.get("imatrix"):
         yield "calibrated on", f"{matrix['text']}, {matrix['chunks']} chunks"
+    if passes := {name: count for name, count in details.get("passes", {}).items() if count}:
+        yield "fused", ", ".join(f"{count} {name}" for name, count in passes.items())
     if details.get("requantized_from"):
         yield "re-quantized from", details["requantized_from"]
     if details.get("fallbacks"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from edgekit.cli import show
+from edgekit.cli import run_tensors, show
 from edgekit.errors import UsageError
 from edgekit.runtime import KV_TYPES, POOLINGS, GenerateParams, Generation, Session, load
 
@@ -68,6 +68,13 @@ def _number(name: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--prompt-cache", type=click.Path(path_type=Path), help="Keep the prompt's state here."
 )
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Classes to show, of a model that classifies.",
+)
 @click.option("--runtime", metavar="NAME", help="Engine [default: the one for the format].")
 @click.option("--device", metavar="NAME", help="Run there: a device of yours, or an SSH host.")
 def command(
@@ -78,12 +85,15 @@ def command(
     embed: bool,
     pooling: str,
     as_json: bool,
+    top: int,
     runtime: str | None,
     device: str | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with ARTIFACT (an artifact's folder or a GGUF file).
+    """Answer PROMPT with ARTIFACT (an artifact's folder, a GGUF or an ONNX file).
 
+    For a vision model PROMPT is the file of an image; a classifier answers with classes, an encoder
+    with a vector.
     A PROMPT of `-`, or none when stdin is no terminal, is read from stdin. Without a prompt on a
     terminal this is a chat. The answer goes to stdout, everything else to stderr.
     """
@@ -105,7 +115,9 @@ def command(
             _answer_there(device, artifact, prompt, params, fields, how, as_json)
         return
     with load(artifact, runtime=runtime, embeddings=embed, **fields) as session:
-        if prompt is None:
+        if hasattr(session, "task"):
+            run_tensors.show_answer(session, prompt, top, as_json)
+        elif prompt is None:
             _chat(session, params, system)
         elif embed:
             _show_vector(session.embed(prompt, pooling=pooling), as_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgekit.cli import show
-from edgekit.receipt import Quality, Receipt, Speed, as_option, bounded
+from edgekit.receipt import Agreement, Latency, Quality, Receipt, Speed, as_option, bounded
 
 Row = tuple[str, str]
 
@@ -41,6 +41,10 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
         yield from _quality(receipt.quality)
     if receipt.speed and receipt.reference:
         yield from _speed(receipt.speed, receipt.reference.type)
+    if receipt.agreement:
+        yield from _agreement(receipt.agreement)
+    if receipt.latency:
+        yield from _latency(receipt.latency)
     if receipt.gates:
         limits = ", ".join(as_option(name, limit) for name, limit in receipt.gates.items())
         yield "gates passed", limits
@@ -53,6 +57,32 @@ def _status(receipt: Receipt) -> str:
     if inherits := receipt.reference.requantized_from:
         text += f"; what {inherits} cost before is not in it"
     return text
+
+
+def _agreement(found: Agreement) -> Iterator[Row]:
+    yield (
+        "answers",
+        f"cosine {bounded(found.cosine)}, at least {found.least_cosine:.3g},"
+        f" largest error {found.max_error:.2g}",
+    )
+    if found.top1:
+        top5 = f", in the top 5 {bounded(found.top5, percent=True)}" if found.top5 else ""
+        yield "same class", f"{bounded(found.top1, percent=True)}{top5}"
+    if found.mean_kl:
+        yield "distribution", f"mean KL {bounded(found.mean_kl)}"
+    if found.neighbours:
+        yield "same neighbour", bounded(found.neighbours, percent=True)
+    yield "measured on", f"{found.samples} held-out inputs ({found.data})"
+
+
+def _latency(found: Latency) -> Iterator[Row]:
+    slower = " SLOWER" if found.slower else ""
+    busy = ", busy machine" if found.busy else ""
+    yield (
+        "speed here",
+        f"{found.ms:.3g} ms, {found.ratio.value:.2f}x{slower} of the float model's"
+        f" {found.reference_ms:.3g} ms ({found.threads} threads{busy})",
+    )
 
 
 def _quality(quality: Quality) -> Iterator[Row]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_torch
+import torch
 
+from edgekit import exporter
 from edgekit.errors import EdgekitError, PromptTooLongError, UsageError
 from edgekit.registry import RUNTIMES
-from edgekit.runtime import LoadParams, Session
+from edgekit.runtime import LoadParams, Session, load
 
 N_CTX = 64
+TENSORS = {"ort": "onnx"}  # runtimes of tensors -> the format that they read
+LANGUAGE = [name for name in RUNTIMES if name not in TENSORS]
 
 
-@pytest.fixture(params=list(RUNTIMES))
+@pytest.fixture(params=LANGUAGE)
 def session(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Iterator[Session]:
     runtime = RUNTIMES.load(request.param)()
     params = LoadParams(
@@ -110,3 +116,102 @@ def test_of_two_streams_only_the_newer_goes_on(session: Session) -> None:
     with pytest.raises(UsageError, match="another generation"):
         next(older)
     assert "".join(newer) == session.last.text != ""
+
+
+# Runtimes of tensors
+
+
+@pytest.fixture(params=list(TENSORS), scope="module")
+def artifacts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A classifier of images, an encoder of texts, and a bare module, in float."""
+    folder = tmp_path_factory.mktemp("tensors")
+    sources = {
+        "image": tiny_torch.vit_folder(folder / "vit"),
+        "text": tiny_torch.bert_folder(folder / "bert"),
+        "module": tiny_torch.cnn_module(),
+    }
+    inputs = {"module": torch.zeros(1, 3, tiny_torch.SIDE, tiny_torch.SIDE)}
+    return {
+        name: exporter.export(
+            source,
+            TENSORS[request.param],
+            example_inputs=inputs.get(name),
+            bits=32,
+            receipt=False,
+            out=folder / f"{name}-out",
+        ).path
+        for name, source in sources.items()
+    }
+
+
+def test_classes_come_best_first_with_their_names(artifacts: dict[str, Path]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    with load(artifacts["image"], n_threads=1) as session:
+        found = session.classify(picture, top=10)
+        assert session.classify(picture, top=3) == found[:3]
+    assert {label for label, _ in found} == set(tiny_torch.LABELS)
+    shares = [share for _, share in found]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_an_embedding_has_length_one_and_a_list_gives_a_list(artifacts: dict[str, Path]) -> None:
+    with load(artifacts["text"], n_threads=1) as session:
+        one = session.embed("the cat sits on the mat")
+        both = session.embed(["the cat sits on the mat", "a dog"])
+    assert sum(x * x for x in one) == pytest.approx(1, abs=1e-4)
+    assert both[0] == pytest.approx(one, abs=1e-4)
+    assert both[1] != pytest.approx(one, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"wrong": np.zeros((1, 3, 32, 32), np.float32)},
+        {"input": np.zeros((1, 3, 32), np.float32)},
+        {"input": np.zeros((1, 4, 32, 32), np.float32)},
+        {"input": np.zeros((0, 3, 32, 32), np.float32)},
+        {"input": np.zeros((1, 3, 32, 32), np.int64)},
+        {"input": [[1, 2], [3]]},
+        {"input": "an image"},
+    ],
+    ids=["none", "name", "rank", "size", "empty", "type", "ragged", "text"],
+)
+def test_a_wrong_input_is_one_clear_usage_error(
+    artifacts: dict[str, Path], inputs: dict[str, object]
+) -> None:
+    with load(artifacts["module"], n_threads=1) as session, pytest.raises(UsageError) as error:
+        session.run(inputs)
+    assert "\n" not in error.value.message
+
+
+def test_what_the_model_cannot_do_says_what_it_can(artifacts: dict[str, Path]) -> None:
+    with load(artifacts["image"], n_threads=1) as session:
+        with pytest.raises(UsageError) as error:
+            session.embed("a text")
+        assert "classify" in error.value.hint
+    with load(artifacts["text"], n_threads=1) as session, pytest.raises(UsageError):
+        session.classify("a text")
+
+
+def test_numbers_that_are_none_go_in_and_come_out(artifacts: dict[str, Path]) -> None:
+    """They are the caller's business, as in the library that the model comes from."""
+    with load(artifacts["module"], n_threads=1) as session:
+        (found,) = session.run({"input": np.full((1, 3, 32, 32), np.nan, np.float32)}).values()
+    assert np.isnan(found).all()
+
+
+def test_a_closed_model_refuses_to_work(artifacts: dict[str, Path]) -> None:
+    session = load(artifacts["module"], n_threads=1)
+    session.close()
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.run({"input": np.zeros((1, 3, 32, 32), np.float32)})
+
+
+def test_parameters_of_language_models_are_refused(artifacts: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="n_ctx"):
+        load(artifacts["module"], n_ctx=64)

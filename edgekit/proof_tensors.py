@@ -1,0 +1,159 @@
+"""The proof of a vision model's, an encoder's or any graph's export: what its receipt says.
+
+Knows which figures tell whether two graphs do the same, and when one disproves the export; never
+how an engine works, and it writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from edgekit import machine, preprocess, sample_inputs
+from edgekit.errors import InferenceError, ParityError
+from edgekit.exporter import Claim, Progress
+from edgekit.formats import onnx
+from edgekit.intervals import Interval
+from edgekit.receipt import PROVEN, Agreement, Latency, Receipt, Reference, Size, bounded
+from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
+from edgekit.runtime import LoadParams, TensorSession
+from edgekit.runtimes import tensor_agreement
+
+_SAMPLES = {"image": 64, "text": 128, "tensors": 32}
+_RACE_S = 4.0
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
+_HINT = "nothing was kept; --no-receipt exports it all the same"
+# Bits of the smallest weights -> the least mean cosine that a sound file can have.
+_SOUND_COSINE = ((32, 0.9999), (16, 0.995), (8, 0.9), (0, 0.75))
+_FEW = 0.9  # of the classes that stay the same: below, nobody should deploy it unwarned
+
+
+def prove(claim: Claim, progress: Progress) -> Receipt:
+    """Measure everything about an ONNX export.
+
+    Raises ParityError where the file does not do what its source does, UsageError for held-out data
+    that does not suit it, InferenceError or MissingExtraError when the measuring itself fails.
+    """
+    steps = preprocess.beside(claim.product)
+    runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["onnx"])()
+    progress("first load", 0, 2)
+    try:
+        product = runtime.load(claim.product, LoadParams())
+    except InferenceError as error:
+        raise ParityError(
+            f"the exported file fails in the engine: {error.message}", hint=_HINT
+        ) from None
+    progress("first load", 1, 2)
+    with product, runtime.load(claim.reference, LoadParams(n_threads=product.threads)) as float_one:
+        progress("first load", 2, 2)
+        _same_form(product, float_one)
+        found = sample_inputs.samples(
+            steps,
+            product.inputs,
+            folder=claim.product.parent,
+            data=claim.data,
+            count=claim.chunks or _SAMPLES[steps.task.partition("-")[0]],
+            part="held-out",
+        )
+        agreement = tensor_agreement.measure(product, float_one, found, steps, progress)
+        header, reference = onnx.read(claim.product), onnx.read(claim.reference)
+        _check_sound(header, agreement)
+        latency = _race(product, float_one, found.feeds[0], progress)
+    size_bytes = _size(claim.product, header)
+    return Receipt(
+        status=PROVEN,
+        reference=Reference(
+            type="F32",
+            origin="the source" if claim.reference == claim.source.path else "made of the source",
+            size_bytes=_size(claim.reference, reference),
+            requantized_from=claim.source.quantized,
+        ),
+        agreement=agreement,
+        latency=latency,
+        size=Size(size_bytes, 8 * size_bytes / max(1, reference.parameters), claim.fallbacks),
+        warnings=(*_warnings(agreement, latency),),
+    )
+
+
+def _size(path: Path, header: onnx.OnnxHeader) -> int:
+    beside = {tensor.external for tensor in header.initializers if tensor.external}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+
+
+def _same_form(product: TensorSession, reference: TensorSession) -> None:
+    for what in ("inputs", "outputs"):
+        mine, theirs = ([s.name for s in getattr(side, what)] for side in (product, reference))
+        if mine != theirs:
+            raise ParityError(f"the exported file has the {what} {mine}, its source has {theirs}")
+
+
+def _check_sound(header: onnx.OnnxHeader, agreement: Agreement) -> None:
+    """Raises ParityError for answers further off than so few bits explain."""
+    bits = _least_bits(header)
+    least = next(cosine for bound, cosine in _SOUND_COSINE if bits >= bound)
+    if not agreement.cosine.value >= least:
+        raise ParityError(
+            f"the exported file does not answer as its source does: cosine"
+            f" {bounded(agreement.cosine)}, where {bits} bits cost no more than {1 - least:.2g}",
+            hint=f"{_HINT}, and another --type may do better",
+        )
+
+
+def _least_bits(header: onnx.OnnxHeader) -> int:
+    """Of the weights of matrices and kernels."""
+    packed = [int(n.attributes.get("bits", 4)) for n in header.nodes if n.op_type == "MatMulNBits"]
+    sizes = {"int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}
+    kinds = [sizes.get(t.dtype, 32) for t in header.initializers if len(t.shape) > 1]
+    return min([*packed, *kinds], default=32)
+
+
+def _race(
+    product: TensorSession, reference: TensorSession, feed: Mapping[str, Any], progress: Progress
+) -> Latency:
+    """Both in turn on one sample, one run each, after two to warm up."""
+    seconds: list[list[float]] = [[], []]
+    sides = (product, reference)
+    ends = time.perf_counter() + _RACE_S
+    busy = os.getloadavg()[0] > 2 * len(os.sched_getaffinity(0))
+    for turn in range(-2, _MOST_ROUNDS):
+        progress("race", max(0, turn), _MOST_ROUNDS)
+        for number in (0, 1) if turn % 2 else (1, 0):
+            started = time.perf_counter()
+            sides[number].run(feed)
+            if turn >= 0:
+                seconds[number].append(time.perf_counter() - started)
+        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() > ends:
+            break
+    progress("race", _MOST_ROUNDS, _MOST_ROUNDS)
+    mine, theirs = seconds
+    ratios = sorted(b / a for a, b in zip(mine, theirs, strict=True))
+    cut = len(ratios) // 20  # the slowest and fastest twentieth are neighbours' noise
+    cpu = machine.cpu(machine.root())
+    return Latency(
+        ms=1e3 * median(mine),
+        reference_ms=1e3 * median(theirs),
+        ratio=Interval(median(theirs) / median(mine), ratios[cut], ratios[-1 - cut]),
+        rounds=len(ratios),
+        threads=getattr(product, "threads", 0),
+        cpu=cpu.model or cpu.architecture,
+        busy=busy,
+    )
+
+
+def _warnings(agreement: Agreement, latency: Latency) -> list[str]:
+    found = []
+    if latency.slower:
+        found.append(
+            f"SLOWER than the float model on this machine: {latency.ratio.value:.2f}x its speed"
+        )
+    if latency.busy:
+        found.append("the machine was busy while the speed was measured: measure it again")
+    if agreement.top1 and agreement.top1.value < _FEW:
+        found.append(f"only {agreement.top1.value:.0%} of the inputs keep their class")
+    if agreement.neighbours and agreement.neighbours.value < _FEW:
+        found.append(f"only {agreement.neighbours.value:.0%} of the vectors keep their neighbour")
+    return found

@@ -1,0 +1,159 @@
+"""Weights alone in 4 or 8 bits: blocks of 32 with a scale and a zero point each, and tables of
+embeddings in 8 bits.
+
+Must never look at an activation. A block's range is searched for the least squared error, which
+loses less than rounding to the nearest of the full range (https://arxiv.org/abs/2210.17323 and
+https://mobiusml.github.io/hqq_blog/ discuss why).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import helper
+
+from edgekit.exporters.onnx_graph import MICROSOFT, Graph, attribute, need_domain
+
+BLOCK = 32
+_INT8_COMPUTE = 4  # accuracy_level of MatMulNBits: activations in 8 bits inside the kernel
+_SHRINKS = np.linspace(1.0, 0.7, 13)  # parts of a block's range that are tried
+_FLOAT32 = 1  # TensorProto.DataType
+_TABLE_ROWS = 256  # below, an embedding is not worth it
+
+
+def apply(graph: Graph, bits: int, kept: set[str]) -> dict[str, Any]:
+    """Rewrite every matrix product with constant weights, and every table; how many of each."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.name in kept or node.op_type not in ("MatMul", "Gemm"):
+            continue
+        weights = graph.constant(node.input[1])
+        if weights is None or weights.ndim != 2 or weights.dtype != np.float32:
+            continue
+        if node.op_type == "Gemm":
+            if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0:
+                continue
+            if attribute(node, "beta", 1.0) != 1.0:
+                continue
+            weights = weights.T if attribute(node, "transB", 0) else weights
+        graph.replace([node], _product(graph, node, weights, bits))
+        count += 1
+    if count:
+        need_domain(graph.model, MICROSOFT)
+    tables = quantize_tables(graph, kept)
+    graph.finish()
+    return {"matrices": count, "tables": tables}
+
+
+def _product(graph: Graph, node: Any, weights: Any, bits: int) -> list[Any]:
+    """A MatMulNBits with the bias of a Gemm behind it; ``weights`` are [inputs, outputs]."""
+    inputs, outputs = weights.shape
+    packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits)
+    name = node.input[1]
+    names = [
+        graph.add_constant(f"{name}.{node.name}.{part}", array)
+        for part, array in (("blocks", packed), ("scales", scales), ("zeros", zeros))
+    ]
+    biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]
+    out = f"{node.output[0]}.product" if biased else node.output[0]
+    found = [
+        helper.make_node(
+            "MatMulNBits",
+            [node.input[0], *names],
+            [out],
+            name=node.name,
+            domain=MICROSOFT,
+            K=inputs,
+            N=outputs,
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=_INT8_COMPUTE,
+        )
+    ]
+    if biased:
+        found.append(
+            helper.make_node("Add", [out, node.input[2]], [node.output[0]], f"{node.name}.bias")
+        )
+    return found
+
+
+def quantize_blocks(weights: Any, bits: int) -> tuple[Any, Any, Any]:
+    """float32 [outputs, inputs] -> (uint8 [outputs, blocks, bytes], float32 scales [outputs *
+    blocks], uint8 zero points) as MatMulNBits stores them: w = scale (q - zero).
+    """
+    outputs, inputs = weights.shape
+    blocks = -(-inputs // BLOCK)
+    padded = np.zeros((outputs, blocks * BLOCK), np.float32)
+    padded[:, :inputs] = weights
+    values = padded.reshape(outputs, blocks, BLOCK)
+    top = (1 << bits) - 1
+    low = np.minimum(values.min(axis=2, keepdims=True), 0)
+    high = np.maximum(values.max(axis=2, keepdims=True), 0)
+    least = np.full((outputs, blocks, 1), np.inf, np.float32)
+    scales, zeros = np.ones_like(least), np.zeros_like(least)
+    for shrink in _SHRINKS:
+        scale = (high - low) * np.float32(shrink) / top
+        scale[scale == 0] = 1
+        zero = np.clip(np.rint(-low * np.float32(shrink) / scale), 0, top)
+        quantized = np.clip(np.rint(values / scale) + zero, 0, top)
+        error = ((quantized - zero) * scale - values) ** 2
+        total = error.sum(axis=2, keepdims=True)
+        better = total < least
+        least = np.where(better, total, least)
+        scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
+    quantized = np.clip(np.rint(values / scales) + zeros, 0, top).astype(np.uint8)
+    flat = zeros.reshape(outputs, blocks).astype(np.uint8)
+    if bits == 4:
+        quantized = _paired(quantized)
+        flat = _paired(np.pad(flat, ((0, 0), (0, blocks % 2))))
+    return quantized, scales.reshape(-1).astype(np.float32), flat.reshape(-1)
+
+
+def _paired(values: Any) -> Any:
+    """Two 4-bit values in a byte, the first in its lower half."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
+def quantize_tables(graph: Graph, kept: set[str]) -> int:
+    """Rewrite every look-up in a large float table to one in 8 bits with a scale for each row."""
+    count = 0
+    for node in [each for each in graph.nodes if each.op_type == "Gather"]:
+        table = graph.constant(node.input[0])
+        if table is None or table.ndim != 2 or table.dtype != np.float32 or node.name in kept:
+            continue
+        if len(table) < _TABLE_ROWS or attribute(node, "axis", 0) != 0:
+            continue
+        scales = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+        scales[scales == 0] = 1
+        rows = np.rint(table / scales).astype(np.int8)
+        name, out = node.input[0], node.output[0]
+        graph.add_constant(f"{name}.{node.name}.rows", rows)
+        graph.add_constant(f"{name}.{node.name}.scales", scales.astype(np.float32))
+        graph.replace(
+            [node],
+            [
+                helper.make_node(
+                    "Gather",
+                    [f"{name}.{node.name}.rows", node.input[1]],
+                    [f"{out}.row"],
+                    node.name,
+                ),
+                helper.make_node(
+                    "Cast", [f"{out}.row"], [f"{out}.float"], f"{node.name}.cast", to=1
+                ),
+                helper.make_node(
+                    "Gather",
+                    [f"{name}.{node.name}.scales", node.input[1]],
+                    [f"{out}.scale"],
+                    f"{node.name}.scale",
+                ),
+                helper.make_node(
+                    "Mul", [f"{out}.float", f"{out}.scale"], [out], f"{node.name}.mul"
+                ),
+            ],
+        )
+        count += 1
+    if count:
+        graph.finish()
+    return count

@@ -1,0 +1,322 @@
+"""A source as a float32 torch module that can be traced: which class, which inputs, which outputs.
+
+Knows transformers and the user's own modules; never ONNX, and never a weight outside safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgekit.errors import (
+    EdgekitError,
+    ExportError,
+    MissingExtraError,
+    SourceError,
+    UnsupportedModelError,
+)
+from edgekit.formats import json_file
+from edgekit.formats.foreign import shown
+from edgekit.preprocess import Preprocessing, of_folder
+from edgekit.registry import did_you_mean
+from edgekit.source import ModelSource, TorchModule
+
+# model_type of config.json -> what such a model reads.
+VISION = (
+    *("vit", "deit", "beit", "dinov2", "swin", "convnext", "resnet", "regnet"),
+    *("mobilenet_v1", "mobilenet_v2", "mobilevit", "efficientnet"),
+)
+TEXT = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra", "albert")
+_LENGTH = 16  # tokens of the text that a model is traced with
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What a tracer needs.
+
+    ``module`` takes ``example_inputs`` in the order of ``inputs`` and returns a tensor, or a tuple
+    of them in the order of ``outputs``. ``dynamic`` names the axes of an input or output that may
+    have any size.
+    """
+
+    module: Any
+    example_inputs: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+    preprocessing: Preprocessing
+
+
+def build(source: ModelSource) -> TracedModel:
+    """Load the weights of ``source`` as float32, ready to be traced.
+
+    Raises MissingExtraError without torch or transformers, UnsupportedModelError for a family that
+    is not known, ExportError when the library or the user's own code fails.
+    """
+    torch = _torch()
+    if source.kind == "hf":
+        return _of_folder(torch, source)
+    return _of_module(torch, own_module(source))
+
+
+def check(source: ModelSource) -> None:
+    """Whether ``build`` knows this kind of model, without loading it. Raises as ``build``."""
+    if source.kind == "gguf":
+        raise UnsupportedModelError(
+            "a GGUF file holds no graph", hint="edgekit convert MODEL.gguf makes a folder"
+        )
+    if source.kind == "hf" and source.family not in (*VISION, *TEXT):
+        raise UnsupportedModelError(
+            f"edgekit exports no '{shown(source.family)}' to ONNX",
+            hint="language models: --format gguf; others: "
+            + did_you_mean(source.family, [*VISION, *TEXT]),
+        )
+
+
+def is_convolutional(source: ModelSource) -> bool:
+    """Whether most of its work are convolutions: what decides the fast way to 8 bits."""
+    if source.kind == "hf":
+        return source.family in (
+            *("convnext", "resnet", "regnet", "efficientnet"),
+            *("mobilenet_v1", "mobilenet_v2", "mobilevit"),
+        )
+    kinds = [type(layer).__name__ for layer in own_module(source).module.modules()]
+    return sum("Conv" in kind for kind in kinds) > sum("Linear" in kind for kind in kinds)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtraError("onnx", missing="torch") from None
+    return torch
+
+
+# A Hugging Face folder
+
+
+def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
+    check(source)
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("onnx", missing="transformers") from None
+    preprocessing = of_folder(
+        source.config, **{name: _json(source, file) for name, file in _COMPANIONS.items()}
+    )
+    classes = {
+        "image-classification": "AutoModelForImageClassification",
+        "text-classification": "AutoModelForSequenceClassification",
+    }
+    loader = getattr(transformers, classes.get(preprocessing.task, "AutoModel"))
+    with _quiet(), _failing(f"transformers cannot load {source.spec}"):
+        model, loaded = loader.from_pretrained(
+            source.path,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            # What is traced from the other implementations is slower in every runtime.
+            attn_implementation="eager",
+            dtype=torch.float32,
+        )
+    _check_whole(source, loaded)
+    model.eval()
+    output = "logits" if preprocessing.task.endswith("classification") else "last_hidden_state"
+    if preprocessing.image:
+        image = preprocessing.image
+        example = torch.zeros(1, len(image.mean), image.height, image.width)
+        examples: tuple[Any, ...] = (example,)
+        inputs: tuple[str, ...] = (image.input,)
+        dynamic = {image.input: {0: "batch"}, output: {0: "batch"}}
+    else:
+        names = _text_inputs(model)
+        examples = tuple(
+            torch.full((2, _LENGTH), 0 if name == "token_type_ids" else 1) for name in names
+        )
+        inputs = names
+        axes = {0: "batch", 1: "sequence"}
+        whole = preprocessing.task == "text-classification"
+        dynamic = {name: axes for name in names} | {output: {0: "batch"} if whole else axes}
+    return TracedModel(
+        _named_output(torch, model, inputs, output),
+        examples,
+        inputs,
+        (output,),
+        dynamic,
+        preprocessing,
+    )
+
+
+def _check_whole(source: ModelSource, loaded: Mapping[str, Any]) -> None:
+    """The library fills weights that are missing or misshapen with random ones, and only warns."""
+    # The pooler is no part of what is exported.
+    missing = sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler."))
+    misshapen = sorted(str(each[0]) for each in loaded["mismatched_keys"])
+    for what, names in (("no weights for", missing), ("weights of another shape for", misshapen)):
+        if names:
+            raise SourceError(
+                f"{source.spec} has {what} {shown(names[0])} and {len(names) - 1} more",
+                hint="the folder is incomplete, or its config.json belongs to another model",
+            )
+
+
+_COMPANIONS = {
+    "preprocessor": "preprocessor_config.json",
+    "pooling": "1_Pooling/config.json",
+    "modules": "modules.json",
+    "tokenizer": "tokenizer_config.json",
+}
+
+
+def _json(source: ModelSource, name: str) -> Any:
+    return json_file.read(source.file_path(name)) if name in source.files else None
+
+
+def _text_inputs(model: Any) -> tuple[str, ...]:
+    """Those of the three that the model's forward takes."""
+    known = inspect.signature(model.forward).parameters
+    return tuple(n for n in ("input_ids", "attention_mask", "token_type_ids") if n in known)
+
+
+def _named_output(torch: Any, model: Any, inputs: tuple[str, ...], output: str) -> Any:
+    """A module of positional inputs that returns one tensor."""
+
+    class Traced(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Any) -> Any:
+            named = dict(zip(inputs, tensors, strict=True))
+            return getattr(self.model(**named, return_dict=True), output)
+
+    return Traced().eval()
+
+
+# A module of the user's own
+
+
+def own_module(source: ModelSource) -> TorchModule:
+    """The module in memory, or what the user's own function returns; that runs each time."""
+    return source.module or _of_function(source)
+
+
+def _of_function(source: ModelSource) -> TorchModule:
+    assert source.function is not None
+    # Under a name of its own, so that no import of the user's finds it by accident.
+    spec = importlib.util.spec_from_file_location("edgekit_user_model", source.path)
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(source.path.parent))
+    try:
+        with _failing(f"{source.spec} failed"):
+            spec.loader.exec_module(program)
+            function = getattr(program, source.function, None)
+            if not callable(function):
+                raise ExportError(f"{source.path.name} has no function {source.function}")
+            found = function()
+    finally:
+        sys.path.remove(str(source.path.parent))
+    match found:
+        case (module, inputs) if callable(getattr(module, "state_dict", None)):
+            return TorchModule(module, inputs)
+    raise ExportError(f"{source.spec} must return a torch module and its example inputs")
+
+
+def _of_module(torch: Any, own: TorchModule) -> TracedModel:
+    module = own.module.eval()
+    given = own.example_inputs
+    if isinstance(given, Mapping):
+        inputs, examples = tuple(map(str, given)), tuple(given.values())
+    else:
+        examples = (given,) if isinstance(given, torch.Tensor) else tuple(given)
+        parameters = list(inspect.signature(module.forward).parameters)
+        inputs = tuple(parameters[: len(examples)])
+    if not examples or not all(isinstance(each, torch.Tensor) for each in examples):
+        raise ExportError("example inputs must be tensors")
+    if len(inputs) != len(examples):
+        raise ExportError(f"the module takes {len(inputs)} inputs, {len(examples)} are given")
+    with torch.no_grad(), _failing("the module fails on its example inputs"):
+        found = module(**dict(zip(inputs, examples, strict=True)))
+    names = _output_names(torch, found)
+    dynamic = {
+        name: {0: "batch"}
+        for name, tensor in zip((*inputs, *names), (*examples, *_tensors(found)), strict=True)
+        if tensor.dim() and tensor.shape[0] == examples[0].shape[0]
+    }
+    return TracedModel(
+        _tuple_output(torch, module, inputs),
+        examples,
+        inputs,
+        names,
+        dynamic,
+        Preprocessing(task="tensors"),
+    )
+
+
+def _output_names(torch: Any, found: Any) -> tuple[str, ...]:
+    if isinstance(found, Mapping):
+        return tuple(map(str, found))
+    if isinstance(found, torch.Tensor):
+        return ("output",)
+    return tuple(f"output_{i}" for i in range(len(_tensors(found))))
+
+
+def _tensors(found: Any) -> tuple[Any, ...]:
+    """The tensors that a forward returned, in order."""
+    if isinstance(found, Mapping):
+        return tuple(found.values())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def _tuple_output(torch: Any, module: Any, inputs: tuple[str, ...]) -> Any:
+    class Traced(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: Any) -> Any:
+            return _tensors(self.module(**dict(zip(inputs, tensors, strict=True))))
+
+    return Traced().eval()
+
+
+# What foreign code may do meanwhile
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Whatever a library or the user's code raises becomes one ExportError."""
+    try:
+        yield
+    except EdgekitError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"{what}: {reason[0][:200]}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice of the library on stderr."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.ERROR)
+    library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()

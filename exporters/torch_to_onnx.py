@@ -1,0 +1,122 @@
+"""Traces a torch module into an ONNX file, and proves that both compute the same.
+
+Knows torch's exporter and its options; never where the module comes from, and no quantization.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from edgekit.errors import ExportError, ParityError
+from edgekit.exporters.torch_model import TracedModel
+
+# The newest that the tracing exporter writes well; its graphs of attention run fastest (docs).
+OPSET = 17
+# Of the largest value of an output: other kernels add up in another order.
+_TOLERANCE = 1e-4
+
+
+def write(traced: TracedModel, path: Path) -> None:
+    """Write the graph to ``path``, weights inside. Raises ExportError where it cannot be traced."""
+    import torch
+
+    try:
+        with torch.no_grad(), _quiet():
+            torch.onnx.export(
+                traced.module,
+                traced.example_inputs,
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=list(traced.inputs),
+                output_names=list(traced.outputs),
+                dynamic_axes={name: dict(axes) for name, axes in traced.dynamic.items()},
+                do_constant_folding=True,
+            )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"torch cannot export this model to ONNX: {reason[:200]}",
+            hint="the forward must be one path of tensor operations",
+        ) from error
+
+
+def check(traced: TracedModel, path: Path) -> float:
+    """The largest difference between torch and the file on the example inputs and on a larger
+    batch, as a share of the largest value. Raises ParityError when rounding does not explain it.
+    """
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load what torch exported: {error}") from error
+    worst = 0.0
+    for inputs in _trials(torch, traced):
+        with torch.no_grad(), _quiet():
+            found = traced.module(*inputs)
+        expected = found if isinstance(found, tuple) else (found,)
+        feeds = {n: t.numpy() for n, t in zip(traced.inputs, inputs, strict=True)}
+        for name, wanted, got in zip(
+            traced.outputs, expected, session.run(None, feeds), strict=True
+        ):
+            worst = max(worst, _difference(name, wanted.numpy(), got))
+    return worst
+
+
+def _trials(torch: Any, traced: TracedModel) -> Iterator[tuple[Any, ...]]:
+    """The example as it is, with noise, and twice in one batch where the batch is free."""
+    yield traced.example_inputs
+    generator = torch.Generator().manual_seed(0)
+    noisy = tuple(
+        t + torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+        for t in traced.example_inputs
+    )
+    yield noisy
+    if all(0 in traced.dynamic.get(name, {}) for name in traced.inputs):
+        yield tuple(torch.cat([a, b]) for a, b in zip(traced.example_inputs, noisy, strict=True))
+
+
+def _difference(name: str, wanted: Any, got: Any) -> float:
+    if wanted.shape != got.shape:
+        raise ParityError(f"output {name}: torch gives {wanted.shape}, ONNX Runtime {got.shape}")
+    if not wanted.size:
+        return 0.0
+    scale = float(np.abs(wanted).max()) or 1.0
+    off = float(np.abs(wanted.astype(np.float64) - got).max()) / scale
+    if not off <= _TOLERANCE:
+        raise ParityError(
+            f"output {name} of the exported graph is off by {off:.1e} of its largest value",
+            hint="the model may take another path for other inputs than the traced ones",
+        )
+    return off
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing warns of every branch and every constant; ``check`` judges what came of it."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
