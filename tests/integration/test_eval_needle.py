@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import Ran
 
 from edgekit import needle
 
 
+@pytest.mark.slow
 def test_a_real_model_finds_the_code(smollm2_gguf: Path) -> None:
     stages: list[tuple[str, int, int]] = []
     found = needle.evaluate(

@@ -80,6 +80,7 @@ def test_a_format_without_a_proof_is_unproven_and_says_why(
     }
 
 
+@pytest.mark.slow
 def test_the_float_model_of_an_f16_file_is_the_file_itself(
     tiny_gguf: Callable[[str], Path], model: Path, tmp_path: Path
 ) -> None:
