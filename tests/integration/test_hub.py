@@ -43,13 +43,15 @@ def _safetensors(size_bytes: int) -> bytes:
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b'{"version": "1.0"}',
+    "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+    "2_Dense/config.json": b"never fetched",
     "model.safetensors": _safetensors(24 * MIB),
     "consolidated.safetensors": b"the same weights under other names",
     "pytorch_model.bin": b"\x80\x02never fetched",
     "modeling_tiny.py": b"raise SystemExit('never fetched')",
     "README.md": b"# tiny",
 }
-KEPT = ("config.json", "tokenizer.json", "model.safetensors")
+KEPT = ("config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")
 
 
 @pytest.fixture
@@ -73,7 +75,8 @@ def test_a_branch_is_resolved_to_its_commit_and_only_the_needed_files_come(tiny:
     assert found.revision == COMMIT
     assert found.family == "llama"
     assert set(found.files) == set(KEPT)
-    assert {path.name for path in found.path.iterdir()} == set(KEPT)
+    here = [path for path in found.path.rglob("*") if path.is_file()]
+    assert {path.relative_to(found.path).as_posix() for path in here} == set(KEPT)
     assert {name for name, _ in tiny.asked} == set(KEPT)
     assert found.hashes() == {name: hashlib.sha256(FILES[name]).hexdigest() for name in found.files}
 
