@@ -250,9 +250,10 @@ class Gates:
             number = isinstance(limit, int | float) and not isinstance(limit, bool)
             if not number or not math.isfinite(limit) or limit <= 0:
                 raise UsageError(f"{name} must be a number above 0, not {limit!r}")
-        for name in ("min_top1", "min_cosine"):
-            if (limit := getattr(self, name)) is not None and limit > 1:
-                raise UsageError(f"{name} can be no more than 1, not {limit!r}")
+        if self.min_top1 is not None and self.min_top1 > 1:
+            raise UsageError(f"min_top1 must be a share of at most 1, not {self.min_top1!r}")
+        if self.min_cosine is not None and self.min_cosine > 1:
+            raise UsageError(f"min_cosine must be at most 1, not {self.min_cosine!r}")
 
     def limits(self) -> dict[str, float]:
         """Those that are set."""
