@@ -180,6 +180,8 @@ class _Reader:
                 case 14:
                     key, value = self._entry(each)
                     metadata[key] = value
+                case 20:
+                    raise Malformed("holds a training graph, which edgekit does not read")
                 case 25:  # functions: their nodes count, and their tensors must be safe too
                     self._function(each)
         if graph is None:
@@ -239,6 +241,8 @@ class _Reader:
         for each in self._messages.inside(message):
             if each.number == 7:
                 self._node(each, 1)
+            elif each.number == 11:  # the default of an attribute
+                self._attribute(each, 1)
 
     def _node(self, message: Field, depth: int) -> OnnxNode:
         self._nodes += 1

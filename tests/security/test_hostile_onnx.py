@@ -105,6 +105,23 @@ def test_no_other_path_is_followed(folder: Path, location: str) -> None:
     assert not (folder / "again.onnx").exists()
 
 
+def test_a_weight_hidden_in_a_function_or_a_training_graph_is_found(folder: Path) -> None:
+    path = _write(folder, "../secret")
+    hidden = onnx.load(str(path), load_external_data=False).graph.initializer[0]
+    _write(folder, "weights.bin")
+    sound = onnx.load(str(path), load_external_data=False)
+    function, training = onnx.ModelProto(), onnx.ModelProto()
+    function.CopyFrom(sound)
+    made = function.functions.add(name="f", domain="own")
+    made.attribute_proto.append(helper.make_attribute("value", hidden))
+    training.CopyFrom(sound)
+    training.training_info.add().algorithm.initializer.append(hidden)
+    for model in (function, training):
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ArtifactError):
+            read(path)
+
+
 @pytest.mark.parametrize(
     "entries",
     [
