@@ -206,7 +206,7 @@ def export(
             f"these options do not repeat the earlier export: {_difference(was, now)}",
             hint="give the calibration text and the adapter that the earlier export used",
         )
-    if _inside(source.path, out):
+    if source.kind == "hf" and _inside(source.path, out):
         raise UsageError(f"--out {out} lies inside the model's own folder")
     beside = max(plan.scratch_bytes, plan.reference_bytes if receipt else 0)
     _fs.require_space(out.absolute(), plan.size_bytes + beside)
@@ -328,13 +328,15 @@ def reprove(
     *,
     model: str | Path | None = None,
     adapter: Path | None = None,
+    eval_data: Path | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Receipt, list[str]]:
     """Measure an artifact's receipt again, and say where its manifest's figures do not hold.
 
-    The source is found as in ``repeat``; an adapter that was merged must be given again. The
-    artifact is only read. Raises ManifestError for a malformed receipt, RecipeError or SourceError
-    when the source is another, ParityError when the model does not do what its source does.
+    The source is found as in ``repeat``; an adapter that was merged, and data of the user's own
+    that it was measured on, must be given again. The artifact is only read.
+    Raises ManifestError for a malformed receipt, RecipeError or SourceError when the source is
+    another, ParityError when the model does not do what its source does.
     """
     earlier = artifact.manifest
     was = Receipt.from_dict(artifact.receipt)
@@ -356,8 +358,10 @@ def reprove(
     place = _fs.home("cache") / "receipt" / artifact.sha256[:16]
     _fs.require_space(place, plan.reference_bytes)
     chunks = was.quality.chunks if was.quality else None
+    if was.agreement:
+        chunks = was.agreement.samples
     with _fs.scratch(place) as folder:
-        now = _prove(exporter, source, plan, artifact, folder, chunks, progress)
+        now = _prove(exporter, source, plan, artifact, folder, chunks, progress, eval_data)
     return now, differences(was, now)
 
 

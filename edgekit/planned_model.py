@@ -13,7 +13,7 @@ from typing import Any
 
 from edgekit import hub, model_folder, quant, vision_cost
 from edgekit.artifact import Artifact, is_artifact
-from edgekit.errors import SourceError, UsageError
+from edgekit.errors import SourceError, UnsupportedModelError, UsageError
 from edgekit.formats import gguf, json_file
 from edgekit.formats.foreign import Malformed
 from edgekit.formats.gguf import GgufHeader
@@ -80,6 +80,8 @@ def planned(
     if is_artifact(path):
         artifact = Artifact.open(path)
         artifact.verify_sizes()
+        if artifact.format != "gguf":
+            raise _unplanned(name, artifact.format)
         return _of_header(name, gguf.read(artifact.model_path), bits, file_type)
     if os.path.isdir(path):
         return _of_config(name, json_file.read(path / model_folder.CONFIG, _BYTES), bits, file_type)
@@ -88,9 +90,18 @@ def planned(
     if path.suffix.lower() == ".gguf":
         with model_folder.as_source(path):
             return _of_header(name, gguf.read(path, whole=False), bits, file_type)
+    if path.suffix.lower() == ".onnx":
+        raise _unplanned(name, "onnx")
     raise SourceError(
         f"{path} is no model that can be planned for",
         hint="give an artifact, a .gguf file, or a folder with config.json",
+    )
+
+
+def _unplanned(name: str, model_format: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name}: an {model_format} file cannot be planned for yet",
+        hint="give the folder or the config.json that it was made from",
     )
 
 

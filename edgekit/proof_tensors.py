@@ -29,6 +29,7 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
 _HINT = "nothing was kept; --no-receipt exports it all the same"
 # Bits of the smallest weights -> the least mean cosine that a sound file can have.
 _SOUND_COSINE = ((32, 0.9999), (16, 0.995), (8, 0.9), (0, 0.75))
+_NO_WEIGHTS = ("bool", "string")
 _FEW = 0.9  # of the classes that stay the same: below, nobody should deploy it unwarned
 
 
@@ -75,7 +76,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         agreement=agreement,
         latency=latency,
         size=Size(size_bytes, 8 * size_bytes / max(1, reference.parameters), claim.fallbacks),
-        warnings=(*_warnings(agreement, latency),),
+        warnings=tuple(_warnings(agreement, latency)),
     )
 
 
@@ -106,9 +107,9 @@ def _check_sound(header: onnx.OnnxHeader, agreement: Agreement) -> None:
 def _least_bits(header: onnx.OnnxHeader) -> int:
     """Of the weights of matrices and kernels."""
     packed = [int(n.attributes.get("bits", 4)) for n in header.nodes if n.op_type == "MatMulNBits"]
-    sizes = {"int8": 8, "uint8": 8, "float16": 16, "bfloat16": 16}
+    sizes = {name: bits for name, bits in onnx.DTYPES.values() if name not in _NO_WEIGHTS}
     kinds = [sizes.get(t.dtype, 32) for t in header.initializers if len(t.shape) > 1]
-    return min([*packed, *kinds], default=32)
+    return min([*packed, *kinds, 32])
 
 
 def _race(

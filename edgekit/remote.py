@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgekit import __version__, _proc, report, typed_json
+from edgekit.artifact import Artifact, is_artifact
 from edgekit.bench import bench
-from edgekit.bench_models import file_of
+from edgekit.bench_models import FORMAT, file_of
 from edgekit.bench_plan import Sweep
 from edgekit.bench_prediction import predicted, profile_of
 from edgekit.board_link import printable
@@ -162,6 +163,7 @@ def run_on(
 
     ``fields`` are those of LoadParams. Raises what ``load`` and a session raise, and DeviceError.
     """
+    _check_language(Path(model))
     facts = target.identify()
 
     def on_report(message: dict[str, Any]) -> None:
@@ -190,6 +192,7 @@ def embed_on(
     progress: Progress = no_progress,
 ) -> list[float]:
     """The embedding of a text, made on the device."""
+    _check_language(Path(model))
     arguments = {
         "model": _put(target, Path(model), progress),
         "text": text,
@@ -308,6 +311,13 @@ def _python(target: Target, facts: BoardFacts) -> str:
             f"{target.name} has edgekit {facts.edgekit}, this one is {__version__}", hint=hint
         )
     return f"{facts.home}/venv/bin/python"
+
+
+def _check_language(model: Path) -> None:
+    """Before anything is uploaded."""
+    onnx = model.suffix.lower() == ".onnx"
+    if onnx or (is_artifact(model) and Artifact.open(model).format != FORMAT):
+        raise UsageError(f"{model} is no language model: only those answer on a device so far")
 
 
 def _put(target: Target, path: Path, progress: Progress) -> str:

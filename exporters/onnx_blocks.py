@@ -140,7 +140,7 @@ def quantize_tables(graph: Graph, kept: set[str]) -> int:
                     node.name,
                 ),
                 helper.make_node(
-                    "Cast", [f"{out}.row"], [f"{out}.float"], f"{node.name}.cast", to=1
+                    "Cast", [f"{out}.row"], [f"{out}.float"], f"{node.name}.cast", to=_FLOAT32
                 ),
                 helper.make_node(
                     "Gather",

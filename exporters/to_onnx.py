@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from edgekit.preprocess import FILE as PREPROCESS_FILE
 from edgekit.preprocess import Preprocessing
 from edgekit.recipe import Calibration, Recipe
 from edgekit.runtime import TensorSpec
-from edgekit.source import ModelSource
+from edgekit.source import ModelSource, TorchModule
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,6 +50,7 @@ class OnnxExporter:
     def __init__(self) -> None:
         self._data: Path | None = None
         self._traced: torch_model.TracedModel | None = None
+        self._own: TorchModule | None = None
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a precision; calibration data to its hash."""
@@ -59,6 +61,7 @@ class OnnxExporter:
         if options.adapter is not None:
             raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
         torch_model.check(source)
+        source = self._with_module(source)
         if options.type is not None:
             kind = quant.onnx_type(options.type)
         else:
@@ -71,6 +74,13 @@ class OnnxExporter:
             overrides=options.overrides,
             fusion=options.fusion,
         )
+
+    def _with_module(self, source: ModelSource) -> ModelSource:
+        """A user's function is called once: another call might give other weights."""
+        if source.kind != "python":
+            return source
+        self._own = self._own or torch_model.own_module(source)
+        return replace(source, module=self._own)
 
     def _calibration(self, kind: str, options: ExportOptions) -> Calibration | None:
         choice = options.calibration
@@ -88,7 +98,7 @@ class OnnxExporter:
         """Sizes from headers and shapes; matrices are counted as quantized, whatever stays float
         in the end.
         """
-        tensors = tuple(_planned(source, recipe))
+        tensors = tuple(_planned(self._with_module(source), recipe))
         size_bytes = sum(tensor.size_bytes for tensor in tensors)
         elements = sum(math.prod(tensor.shape) for tensor in tensors)
         return ExportPlan(
@@ -149,7 +159,7 @@ class OnnxExporter:
             return source.path, Preprocessing(task="tensors"), None
         if self._traced is None:
             progress("load the model", 0, 1)
-            self._traced = torch_model.build(source)
+            self._traced = torch_model.build(self._with_module(source))
             progress("load the model", 1, 1)
         progress("trace", 0, 2)
         torch_to_onnx.write(self._traced, path)

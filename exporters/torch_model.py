@@ -6,6 +6,7 @@ Knows transformers and the user's own modules; never ONNX, and never a weight ou
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import logging
@@ -70,7 +71,8 @@ def check(source: ModelSource) -> None:
     """Whether ``build`` knows this kind of model, without loading it. Raises as ``build``."""
     if source.kind == "gguf":
         raise UnsupportedModelError(
-            "a GGUF file holds no graph", hint="edgekit convert MODEL.gguf makes a folder"
+            "a GGUF file holds a language model, and edgekit exports none to ONNX",
+            hint="--format gguf",
         )
     if source.kind == "hf" and source.family not in (*VISION, *TEXT):
         raise UnsupportedModelError(
@@ -137,11 +139,9 @@ def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
         inputs: tuple[str, ...] = (image.input,)
         dynamic = {image.input: {0: "batch"}, output: {0: "batch"}}
     else:
-        names = _text_inputs(model)
-        examples = tuple(
-            torch.full((2, _LENGTH), 0 if name == "token_type_ids" else 1) for name in names
-        )
-        inputs = names
+        inputs = names = _text_inputs(model)
+        given = _text_example(torch, int(source.config.get("vocab_size", _LENGTH)))
+        examples = tuple(given[name] for name in names)
         axes = {0: "batch", 1: "sequence"}
         whole = preprocessing.task == "text-classification"
         dynamic = {name: axes for name in names} | {output: {0: "batch"} if whole else axes}
@@ -184,6 +184,14 @@ def _text_inputs(model: Any) -> tuple[str, ...]:
     """Those of the three that the model's forward takes."""
     known = inspect.signature(model.forward).parameters
     return tuple(n for n in ("input_ids", "attention_mask", "token_type_ids") if n in known)
+
+
+def _text_example(torch: Any, n_vocab: int) -> dict[str, Any]:
+    """Two texts of different tokens, of which one is shorter and padded: what a mask is for."""
+    ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % n_vocab
+    mask = torch.ones_like(ids)
+    mask[1, _LENGTH // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
 def _named_output(torch: Any, model: Any, inputs: tuple[str, ...], output: str) -> Any:
@@ -232,7 +240,7 @@ def _of_function(source: ModelSource) -> TorchModule:
 
 
 def _of_module(torch: Any, own: TorchModule) -> TracedModel:
-    module = own.module.eval()
+    module = copy.deepcopy(own.module).eval()  # the user goes on training theirs
     given = own.example_inputs
     if isinstance(given, Mapping):
         inputs, examples = tuple(map(str, given)), tuple(given.values())

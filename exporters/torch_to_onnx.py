@@ -79,7 +79,9 @@ def check(traced: TracedModel, path: Path) -> float:
 
 
 def _trials(torch: Any, traced: TracedModel) -> Iterator[tuple[Any, ...]]:
-    """The example as it is, with noise, and twice in one batch where the batch is free."""
+    """The example as it is, with noise, twice in one batch, and twice as long: where those axes are
+    free.
+    """
     yield traced.example_inputs
     generator = torch.Generator().manual_seed(0)
     noisy = tuple(
@@ -89,6 +91,8 @@ def _trials(torch: Any, traced: TracedModel) -> Iterator[tuple[Any, ...]]:
     yield noisy
     if all(0 in traced.dynamic.get(name, {}) for name in traced.inputs):
         yield tuple(torch.cat([a, b]) for a, b in zip(traced.example_inputs, noisy, strict=True))
+    if all(1 in traced.dynamic.get(name, {}) for name in traced.inputs):
+        yield tuple(torch.cat([each, each], dim=1) for each in traced.example_inputs)
 
 
 def _difference(name: str, wanted: Any, got: Any) -> float:
@@ -109,10 +113,7 @@ def _difference(name: str, wanted: Any, got: Any) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Tracing warns of every branch and every constant; ``check`` judges what came of it."""
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         level = logging.getLogger("torch.onnx").level
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -31,9 +31,10 @@ def measure(
     steps: Preprocessing,
     progress: Progress,
 ) -> Agreement:
-    """Run both on every sample and compare their first outputs, or the vectors made of them.
+    """Run both on every sample and compare their outputs, or the vectors made of the first ones.
 
-    Raises ParityError for another shape, and for what is no number where the reference has one.
+    A sample of several outputs counts with the worst of them. Raises ParityError for another shape,
+    and for what is no number where the reference has one.
     """
     pairs = _answers(product, reference, samples.feeds, progress)
     return _agreement(pairs, samples, steps)
@@ -45,17 +46,18 @@ def _answers(
     feeds: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> list[tuple[Any, Any, Mapping[str, Any]]]:
-    """The first output of both for every sample. Raises ParityError for what is no answer."""
+    """All outputs of both for every sample. Raises ParityError for what is no answer."""
     pairs = []
     for number, feed in enumerate(feeds):
         progress("compare answers", number, len(feeds))
-        (mine, *_), (theirs, *_) = (list(s.run(feed).values()) for s in (product, reference))
-        if mine.shape != theirs.shape:
-            raise ParityError(
-                f"the exported file answers in the shape {mine.shape}, its source {theirs.shape}"
-            )
-        if not np.isfinite(mine).all() and np.isfinite(theirs).all():
-            raise ParityError("the exported file computes what is no number")
+        mine, theirs = (list(side.run(feed).values()) for side in (product, reference))
+        for own, other in zip(mine, theirs, strict=True):
+            if own.shape != other.shape:
+                raise ParityError(
+                    f"the exported file answers in the shape {own.shape}, its source {other.shape}"
+                )
+            if not np.isfinite(own).all() and np.isfinite(other).all():
+                raise ParityError("the exported file computes what is no number")
         pairs.append((mine, theirs, feed))
     progress("compare answers", len(feeds), len(feeds))
     return pairs
@@ -66,12 +68,9 @@ def _agreement(
     found: Samples,
     steps: Preprocessing,
 ) -> Agreement:
-    if steps.task in _VECTORS:
-        rows = [[pooling.vectors(side, feed, steps)[0] for side in pair] for *pair, feed in pairs]
-    else:
-        rows = [[side.reshape(-1) for side in pair] for *pair, _ in pairs]
-    mine, theirs = ([row[i].astype(np.float64) for row in rows] for i in (0, 1))
-    cosines = [_cosine(a, b) for a, b in zip(mine, theirs, strict=True)]
+    rows = [[_rows(side, feed, steps) for side in pair] for *pair, feed in pairs]
+    cosines = [min(map(_cosine, *row)) for row in rows]
+    mine, theirs = ([row[i][0] for row in rows] for i in (0, 1))
     classifies = steps.task.endswith("classification")
     return Agreement(
         data=found.name,
@@ -79,12 +78,25 @@ def _agreement(
         samples=len(rows),
         cosine=intervals.mean(cosines),
         least_cosine=min(cosines),
-        max_error=max(float(np.abs(a - b).max()) for a, b in zip(mine, theirs, strict=True)),
+        max_error=max(
+            float(np.abs(a - b).max()) for row in rows for a, b in zip(*row, strict=True)
+        ),
         mean_kl=_mean_kl(mine, theirs) if classifies else None,
         top1=_top(mine, theirs, 1) if classifies else None,
         top5=_top(mine, theirs, 5) if classifies and len(mine[0]) > 5 else None,
         neighbours=_neighbours(mine, theirs) if steps.task in _VECTORS else None,
     )
+
+
+def _rows(outputs: list[Any], feed: Mapping[str, Any], steps: Preprocessing) -> list[Any]:
+    """float64 [values] of every output; of an encoder the one vector that is made of the first."""
+    if steps.task in _VECTORS:
+        outputs = [pooling.vectors(outputs[0], feed, steps)]
+    return [output.reshape(-1).astype(np.float64) for output in outputs]
+
+
+def _largest_error(mine: list[Any], theirs: list[Any]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(mine, theirs, strict=True))
 
 
 def _cosine(a: Any, b: Any) -> float:

@@ -17,7 +17,7 @@ def show_answer(session: TensorSession, prompt: str | None, top: int, as_json: b
 
     Raises UsageError for a model of bare tensors, and for no prompt.
     """
-    if prompt is None:
+    if not prompt:
         raise UsageError("what shall it look at?", hint="name an image, or give a text")
     if session.task.endswith("classification"):
         found = session.classify(prompt, top=top)

@@ -25,21 +25,36 @@ from edgekit.receipt import Receipt
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="With --deep: the LoRA folder that was merged in.",
 )
+@click.option(
+    "--eval-data",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE|FOLDER",
+    help="With --deep: the texts or images of your own that the export was measured on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
-    artifact: Path, deep: bool, source: str | None, adapter: Path | None, as_json: bool
+    artifact: Path,
+    deep: bool,
+    source: str | None,
+    adapter: Path | None,
+    eval_data: Path | None,
+    as_json: bool,
 ) -> None:
     """Check every byte of ARTIFACT against its manifest.
 
     Exit code 0 when all is as it was exported, 5 when anything differs; with --deep also 5 when
     the receipt's figures do not hold, and 6 when the model does not do what its source does.
     """
-    if (source or adapter) and not deep:
-        raise UsageError("--source and --adapter need --deep")
+    if (source or adapter or eval_data) and not deep:
+        raise UsageError("--source, --adapter and --eval-data need --deep")
     opened = Artifact.open(artifact)
     with show.progress(quiet=as_json) as progress:
         _hash(opened, progress)
-        again = reprove(opened, model=source, adapter=adapter, progress=progress) if deep else None
+        again = None
+        if deep:
+            again = reprove(
+                opened, model=source, adapter=adapter, eval_data=eval_data, progress=progress
+            )
     files = opened.manifest.files
     body: dict[str, Any] = {
         "path": str(opened.path),

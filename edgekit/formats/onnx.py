@@ -17,9 +17,10 @@ from typing import Any
 from edgekit import _fs
 from edgekit.errors import CorruptArtifactError, UnsafePathError, VersionError
 from edgekit.formats.foreign import Malformed, opened, shown
-from edgekit.formats.protobuf import VARINT, Field, Messages, signed
+from edgekit.formats.protobuf import MAX_LIST, VARINT, Field, Messages, signed
 
-# IR_VERSION of the specification; the engine refuses newer ones, and older ones are from 2017.
+# onnxruntime 1.31 loads IR version 13 and operator set 26, and refuses the next of either; files
+# of before version 3 are from 2017.
 IR_VERSIONS = range(3, 14)
 MAX_OPSET = 26
 
@@ -290,6 +291,8 @@ class _Reader:
                     lists.setdefault(9, []).append(self._messages.text(each))
                 case 22 | 23:
                     raise Malformed("has sparse weights, which edgekit does not read")
+            if any(len(values) > MAX_LIST for values in lists.values()):
+                raise Malformed(f"has a list of more than {MAX_LIST} values")
         for values in lists.values():
             single = tuple(values)
         return name, single
@@ -342,12 +345,14 @@ class _Reader:
         stored: dict[int, int] = {}  # field -> bytes of its data
         for each in self._messages.inside(message):
             match each.number:
-                case 1:
+                case 1 if len(dims) <= MAX_DIMENSIONS:
                     dims += self._messages.numbers(each)
                 case 2:
                     number = self._messages.number(each)
                 case 8:
                     name = self._messages.text(each)
+                case 9 if each.wire == VARINT:
+                    raise Malformed("has a number where the bytes of a weight belong")
                 case 4 | 5 | 6 | 7 | 9 | 10 | 11:
                     stored[each.number] = stored.get(each.number, 0) + max(
                         1 if each.wire == VARINT else 0, each.end - each.start
@@ -379,8 +384,8 @@ class _Reader:
         for number, found in stored.items():
             if number == 9:
                 good = found == size_bytes
-            elif number in (4, 10):  # float_data, double_data; complex values take two
-                good = found * 8 in (elements * bits, 2 * elements * bits)
+            elif number in (4, 10):  # float_data, double_data; a complex value takes two of them
+                good = found * 8 == elements * bits
             elif number == 6:  # string_data
                 good = True
             else:  # varints of one to ten bytes; several small values may share one

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from edgekit.formats.foreign import Malformed
 
-MAX_FIELDS = 1 << 23
+MAX_FIELDS = 1 << 21
 MAX_TEXT_BYTES = 1 << 16
 MAX_LIST = 1 << 16
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import edgekit
+from edgekit.artifact import Artifact
 from edgekit.errors import (
     ExportError,
     GateError,
@@ -27,13 +28,16 @@ from edgekit.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from edgekit.exporter import export, repeat
+from edgekit.exporter import export, repeat, reprove
 from edgekit.receipt import Gates
 
 PROGRAM = """
+    import pathlib
     import torch
 
     def make():
+        with open(pathlib.Path(__file__).with_name("calls"), "a") as calls:
+            calls.write(".")
         torch.manual_seed(0)
         layers = torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)
         return torch.nn.Sequential(*layers), (torch.zeros(1, 8),)
@@ -122,10 +126,33 @@ def test_a_module_in_memory_is_exported(tmp_path: Path) -> None:
         repeat(tmp_path / "out", out=tmp_path / "again")
 
 
+def test_the_output_may_lie_where_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = torch.nn.Linear(4, 2).train()
+    export(module, "onnx", example_inputs=torch.zeros(1, 4), bits=8, out="build/net", receipt=False)
+    assert module.training  # it goes on being trained
+
+
+def test_a_receipt_of_the_users_own_data_is_measured_again_on_it(
+    bert: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"the cat number {i} sits on a mat" for i in range(20)))
+    export(bert, "onnx", bits=8, out=tmp_path / "out", eval_data=texts)
+    artifact = Artifact.open(tmp_path / "out")
+    assert artifact.receipt["agreement"]["samples"] == 10  # every second one
+    again, differing = reprove(artifact, eval_data=texts)
+    assert differing == [] and again.agreement is not None
+    assert any("data_sha256" in text for text in reprove(artifact)[1])
+
+
 def test_a_function_of_the_users_own_is_exported(program: Path, tmp_path: Path) -> None:
     artifact = export(f"{program}:make", "onnx", bits=8, out=tmp_path / "out")
     assert artifact.manifest.source["kind"] == "python"
     assert artifact.manifest.recipe.type == "dynamic_wi8_afp32"  # matrices, no convolutions
+    assert (tmp_path / "calls").read_text() == "."  # another call might give other weights
 
 
 @pytest.mark.parametrize(
@@ -178,7 +205,7 @@ def test_what_cannot_be_exported_says_what_can(
 ) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         export(smollm2_gguf, "onnx", out=tmp_path / "out")
-    assert "convert" in error.value.hint
+    assert "gguf" in error.value.hint
     with pytest.raises(SourceError) as missing:
         export(program, "onnx", out=tmp_path / "out")
     assert "FUNCTION" in missing.value.hint
@@ -214,6 +241,10 @@ def test_the_command_line_exports_shows_and_classifies(vit: Path, tmp_path: Path
     ran = _edgekit("run", out, picture, "--top", "2", "--json")
     classes = json.loads(ran.stdout)["classes"]
     assert len(classes) == 2 and classes[0]["label"] in tiny_torch.LABELS
+    planned = _edgekit("plan", out, "--device", "rpi5")
+    assert planned.returncode == 4 and "cannot be planned for yet" in planned.stderr
+    away = _edgekit("run", out, picture, "--device", "local")
+    assert away.returncode == 2 and "no language model" in away.stderr
     broken = _edgekit("run", out, vit / "config.json")
     assert (broken.returncode, broken.stdout) == (2, "")
     assert "is no image" in broken.stderr
