@@ -5,6 +5,7 @@ Knows headers and sizes; never a speed or a board.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,15 +126,21 @@ def _number(header: GgufHeader, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def of_vision(cost: VisionCost, *, int8: bool, available: int) -> MemoryPlan:
-    """The memory of a vision model: weights, the activations that live at one time, the runtime."""
+def of_vision(
+    cost: VisionCost, *, int8: bool, available: int, stored: Mapping[str, int] | None = None
+) -> MemoryPlan:
+    """The memory of a vision model: weights, the activations that live at one time, the runtime.
+
+    ``stored`` are the bytes of its weights by dtype, where they are known.
+    """
     kind, value_bytes = ("int8", 1) if int8 else ("F32", 4)
-    weights = round(cost.weights * value_bytes)
+    by_type = dict(stored) if stored else {kind: round(cost.weights * value_bytes)}
+    weights = sum(by_type.values())
     return MemoryPlan(
         weights=weights,
         kv_cache=0,
         compute=round(2 * cost.peak * value_bytes),
         runtime=VISION_RUNTIME_BYTES,
         available=available,
-        weights_by_type={kind: weights},
+        weights_by_type=by_type,
     )

@@ -1,4 +1,4 @@
-"""The model to plan for, from as little as there is: config.json, a GGUF header, an artifact.
+"""The model to plan for, from as little as there is: a config.json, a header, an artifact.
 
 Knows where the facts of a model stand; never reads a weight, and runs nothing.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import hub, model_folder, quant, vision_cost
+from edgekit import hub, model_folder, onnx_cost, quant, vision_cost
 from edgekit.artifact import Artifact, is_artifact
-from edgekit.errors import SourceError, UnsupportedModelError, UsageError
-from edgekit.formats import gguf, json_file
+from edgekit.errors import SourceError, UsageError
+from edgekit.formats import gguf, json_file, onnx
 from edgekit.formats.foreign import Malformed
 from edgekit.formats.gguf import GgufHeader
 from edgekit.model_shape import header_of
@@ -39,6 +39,8 @@ class PlannedModel:
     """A language model's header, or a vision model's cost; ``type`` is what its weights will be.
 
     ``lossy_bytes`` is the size of weights that were quantized before: more bits would hold no more.
+    Of an ONNX file that stays as it is ``stored`` has the bytes of its weights by dtype, and
+    ``assumed`` what the sizes were taken for that it leaves open.
     """
 
     name: str
@@ -46,6 +48,8 @@ class PlannedModel:
     header: GgufHeader | None = None
     vision: VisionCost | None = None
     lossy_bytes: int | None = None
+    stored: Mapping[str, int] | None = None
+    assumed: tuple[str, ...] = ()
 
     def language(self) -> GgufHeader:
         """The header; UsageError for a vision model."""
@@ -57,11 +61,11 @@ class PlannedModel:
 def planned(
     model: str | Path, *, bits: int | None = None, file_type: str | None = None
 ) -> PlannedModel:
-    """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), a Hugging
-    Face folder or its config.json, or a hub id, of which only that file is fetched.
+    """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), an ONNX
+    file, a Hugging Face folder or its config.json, or a hub id, of which only that file is fetched.
 
     ``bits`` or ``file_type`` say what it would be exported to; without them a GGUF file stays as it
-    is, and others get 4 bits. Vision models have 8 or 32 bits.
+    is, and others get 4 bits. Vision models have 8 or 32 bits; an ONNX file stays as it is.
     Raises UsageError, SourceError, ArtifactError.
     """
     if bits is not None and file_type is not None:
@@ -75,13 +79,13 @@ def planned(
     elif not os.path.lexists(path):
         raise SourceError(
             f"{path} does not exist",
-            hint="give an artifact, a .gguf file, a folder with config.json, or a hub id",
+            hint="give an artifact, a .gguf or .onnx file, a folder with config.json, or a hub id",
         )
     if is_artifact(path):
         artifact = Artifact.open(path)
         artifact.verify_sizes()
-        if artifact.format != "gguf":
-            raise _unplanned(name, artifact.format)
+        if artifact.format == "onnx":
+            return _of_onnx(name, artifact.model_path, bits, file_type)
         return _of_header(name, gguf.read(artifact.model_path), bits, file_type)
     if os.path.isdir(path):
         return _of_config(name, json_file.read(path / model_folder.CONFIG, _BYTES), bits, file_type)
@@ -91,18 +95,34 @@ def planned(
         with model_folder.as_source(path):
             return _of_header(name, gguf.read(path, whole=False), bits, file_type)
     if path.suffix.lower() == ".onnx":
-        raise _unplanned(name, "onnx")
+        with model_folder.as_source(path):
+            return _of_onnx(name, path, bits, file_type)
     raise SourceError(
         f"{path} is no model that can be planned for",
-        hint="give an artifact, a .gguf file, or a folder with config.json",
+        hint="give an artifact, a .gguf or .onnx file, or a folder with config.json",
     )
 
 
-def _unplanned(name: str, model_format: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{name}: an {model_format} file cannot be planned for yet",
-        hint="give the folder or the config.json that it was made from",
+def _of_onnx(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
+    """As the file stands; of a float file also what 8 bits would bring."""
+    _check_vision(bits, file_type)
+    found = onnx_cost.cost(onnx.read(path, whole=False))
+    stands = "int8" if found.is_int8 else "F32"
+    wanted = {None: stands, 8: "int8", 32: "F32"}[bits]
+    if wanted == "F32" and stands == "int8":
+        raise UsageError(f"{name} has 8 bits already: more would hold no more")
+    return PlannedModel(
+        name,
+        wanted,
+        vision=found.cost,
+        stored=found.weight_bytes if wanted == stands else None,
+        assumed=found.assumed,
     )
+
+
+def _check_vision(bits: int | None, file_type: str | None) -> None:
+    if file_type is not None or bits not in (None, 8, 32):
+        raise UsageError("such a model is planned with --bits 8 or --bits 32")
 
 
 def in_type(model: PlannedModel, file_type: str) -> PlannedModel:
@@ -162,8 +182,7 @@ def _of_config(name: str, config: Any, bits: int | None, file_type: str | None) 
         raise SourceError(f"the config.json of {name} is not a JSON object")
     refuse_code(config, origin=f"{name}: config.json")
     if (image := vision_cost.cost(config)) is not None:
-        if file_type is not None or bits not in (None, 8, 32):
-            raise UsageError("a vision model is planned with --bits 8 or --bits 32")
+        _check_vision(bits, file_type)
         return PlannedModel(name, "int8" if bits == 8 else "F32", vision=image)
     wanted = _wanted(_BITS if bits is None and file_type is None else bits, file_type)
     assert wanted is not None

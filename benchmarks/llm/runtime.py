@@ -4,8 +4,9 @@ Three tables: the same flags and threads on both sides; edgekit's automatic sett
 best row of a sweep over llama-bench's; peak memory while generating. Every repetition starts fresh
 processes, in turn, and a ratio compares the two of one repetition. edgekit's clock stands outside:
 tokenizing, sampling and text are in its figures, and llama-bench does none of them. Neighbours on
-a shared machine only ever slow a run down, so beside the median of the ratios stands the ratio of
-the fastest runs of both sides.
+a shared machine only ever slow a run down, so beside the median of the ratios stand the interval in
+which it lies with 95% certainty, and the ratio of the fastest runs of both sides. Many short turns
+tell more than few long ones: ``--prompt 128 --answer 32 --reps 40``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _HEAD = (
     "test",
     "llama-bench tok/s",
     "edgekit / llama-bench, seen from outside",
+    "median lies within",
     "fastest runs",
     "by session.last",
 )
@@ -270,7 +272,11 @@ def _speed_rows(
             seen = measure.ratios(figures.seen, figures.peer)
             row: list[object] = [kind, test, f"{statistics.median(figures.peer):.0f}"]
             row += [best[kind][test]] if best else []
-            row += [seen, f"{max(figures.seen) / max(figures.peer):.3f}"]
+            low, high = measure.median_interval(
+                [a / b for a, b in zip(figures.seen, figures.peer, strict=True)]
+            )
+            row += [seen, f"{low:.3f}..{high:.3f}"]
+            row += [f"{max(figures.seen) / max(figures.peer):.3f}"]
             row += [measure.ratios(figures.own, figures.peer)]
             compared = test != BEHIND
             row += [("yes" if seen.median >= target else "no") if compared else "-"]
@@ -282,6 +288,8 @@ def main() -> None:
     parser = measure.parser(__doc__, reps=7)
     parser.add_argument("--types", default=",".join(peers.TYPES), metavar="A,B")
     parser.add_argument("--tables", default=",".join(_TABLES), metavar="A,B", help="which to print")
+    parser.add_argument("--prompt", type=int, default=Work.prompt, metavar="TOKENS")
+    parser.add_argument("--answer", type=int, default=Work.answer, metavar="TOKENS")
     arguments = parser.parse_args()
     tables = arguments.tables.split(",")
     if unknown := set(tables) - set(_TABLES):
@@ -290,7 +298,9 @@ def main() -> None:
     scratch = measure.scratch(arguments)
     tools = peers.find_tools(arguments.tools)
     quick = arguments.quick
-    work = Work(prompt=32, answer=8, samples=1) if quick else Work()
+    work = (
+        Work(prompt=32, answer=8, samples=1) if quick else Work(arguments.prompt, arguments.answer)
+    )
     reps, threads = (1 if quick else arguments.reps), arguments.threads
     kinds = ["Q4_0"] if quick else arguments.types.split(",")
     models = {kind: peers.quantized(tools, scratch, kind) for kind in kinds}

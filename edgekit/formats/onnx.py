@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ MAX_NODES = 1 << 18
 MAX_DIMENSIONS = 64
 MAX_DEPTH = 8
 MAX_INT64 = (1 << 63) - 1
+MAX_NUMBERS = 64  # of which the values are kept: shapes are that short
 
 # data_type of a TensorProto -> (name, bits of a value; 0: of no fixed size).
 DTYPES = {
@@ -59,13 +61,19 @@ DTYPES = {
     25: ("uint2", 2),
     26: ("int2", 2),
 }
+_WHOLE = {
+    "int64": struct.Struct("<q"),
+    "int32": struct.Struct("<i"),
+    "bool": struct.Struct("<B"),
+}
 _EXTERNAL = 1  # data_location
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxTensor:
     """A constant of the graph. ``external`` names the file beside the model that holds its bytes,
-    None where they are in the model; ``size_bytes`` is the size of its values.
+    None where they are in the model; ``size_bytes`` is the size of its values. ``numbers`` are the
+    values of a short list of whole numbers: shapes are computed from such.
     """
 
     name: str
@@ -73,6 +81,7 @@ class OnnxTensor:
     shape: tuple[int, ...]
     size_bytes: int
     external: str | None = None
+    numbers: tuple[int, ...] | None = None
 
     @property
     def elements(self) -> int:
@@ -343,6 +352,7 @@ class _Reader:
         dims: list[int] = []
         external: dict[str, str] = {}
         stored: dict[int, int] = {}  # field -> bytes of its data
+        data: list[Field] = []
         for each in self._messages.inside(message):
             match each.number:
                 case 1 if len(dims) <= MAX_DIMENSIONS:
@@ -354,6 +364,8 @@ class _Reader:
                 case 9 if each.wire == VARINT:
                     raise Malformed("has a number where the bytes of a weight belong")
                 case 4 | 5 | 6 | 7 | 9 | 10 | 11:
+                    if len(data) <= MAX_NUMBERS:
+                        data.append(each)
                     stored[each.number] = stored.get(each.number, 0) + max(
                         1 if each.wire == VARINT else 0, each.end - each.start
                     )
@@ -373,7 +385,21 @@ class _Reader:
             place = self._external(name, external, size_bytes)
             return OnnxTensor(name, dtype, tuple(dims), size_bytes, place)
         self._check_stored(name, elements, size_bytes, bits, stored)
-        return OnnxTensor(name, dtype, tuple(dims), size_bytes)
+        numbers = self._numbers(dtype, data) if elements <= MAX_NUMBERS else None
+        return OnnxTensor(name, dtype, tuple(dims), size_bytes, numbers=numbers)
+
+    def _numbers(self, dtype: str, data: list[Field]) -> tuple[int, ...] | None:
+        """The values of a short list of whole numbers."""
+        if dtype not in _WHOLE:
+            return None
+        found: list[int] = []
+        for each in data:
+            if each.number == 9:
+                kind = _WHOLE[dtype]
+                found += (value for (value,) in kind.iter_unpack(self._messages.data(each)))
+            else:
+                found += self._messages.numbers(each)
+        return tuple(found)
 
     @staticmethod
     def _check_stored(

@@ -132,6 +132,13 @@ class Messages:
             raise Malformed(f"has a text of {size} bytes, the limit is {MAX_TEXT_BYTES}")
         return self._window.take(of.start, size).decode("utf-8", "surrogateescape")
 
+    def data(self, of: Field) -> bytes:
+        """A few bytes."""
+        size = of.end - of.start
+        if of.wire != _BYTES or size > MAX_TEXT_BYTES:
+            raise Malformed("has something else where bytes belong")
+        return self._window.take(of.start, size)
+
     def numbers(self, of: Field) -> list[int]:
         """One of several whole numbers, or all of them packed."""
         if of.wire != _BYTES:

@@ -26,7 +26,7 @@ _FLOORS = """
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
-2  tensor_types model_shape vision_cost
+2  tensor_types model_shape vision_cost onnx_shapes onnx_cost
 4  predictor plan_memory plan_validate remote far_side wheelhouse device_setup
 4  peak_loops proof_tensors
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
