@@ -6,8 +6,6 @@ Knows the order of the work and what makes it honest; never an engine, those run
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,7 +29,7 @@ from edgekit.report import (
     BenchReport,
     BenchRow,
     EngineFacts,
-    MachineFacts,
+    machine_facts,
     read,
 )
 
@@ -109,7 +107,7 @@ def bench_against(
     known = one or other
     assert known is not None
     fresh, name = (b, str(a)) if one is not None else (a, str(b))
-    check(known, name, _machine_facts(machine.root()))  # before minutes are spent
+    check(known, name, machine_facts(machine.root()))  # before minutes are spent
     measured = bench(fresh, probe=False, progress=progress, **sweep_like(known) | sweep)
     pair = (known, measured) if one is not None else (measured, known)
     return between(*pair, names), measured
@@ -150,7 +148,7 @@ class _Run:
             taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
             device=None,
             edgekit=__version__,
-            machine=_machine_facts(root),
+            machine=machine_facts(root),
             engine=EngineFacts(RUNTIME_OF_FORMAT[FORMAT], **self._engine),
             models=tuple(model.facts for model in self._models),
             before=before,
@@ -272,20 +270,6 @@ def _fits(plans: Sequence[tuple[Model, Setting]]) -> bool:
     needed = [_COPIES * model.facts.size_bytes + _CHILD_BYTES for model, _ in plans]
     sessions = {model.facts.name: need for (model, _), need in zip(plans, needed, strict=True)}
     return sum(needed) + sum(sessions.values()) < free
-
-
-def _machine_facts(root: Path) -> MachineFacts:
-    cpu = machine.cpu(root)
-    return MachineFacts(
-        cpu=cpu.model,
-        architecture=cpu.architecture,
-        cores=cpu.cores,
-        usable_cores=len(os.sched_getaffinity(0)),
-        board=machine.board(root),
-        memory_bytes=machine.memory(root).total_bytes,
-        kernel=platform.release(),
-        emulated=False,
-    )
 
 
 def _row(

@@ -51,7 +51,7 @@ def opened(
         artifact, shown, path = _located(given)
         header = gguf.read(path)
         called = names[number] if names else shown.resolve().name
-        name = _unique(called, [model.facts.name for model in found])
+        name = unique(called, [model.facts.name for model in found])
         kind = artifact.manifest.recipe.type if artifact else header.main_type()
         found.append(
             Model(
@@ -60,7 +60,7 @@ def opened(
                 header=header,
                 facts=ModelFacts(
                     name=name,
-                    sha256=_hash(path, name, progress),
+                    sha256=hashed(path, name, progress),
                     size_bytes=header.file_size,
                     type=kind,
                     architecture=header.architecture,
@@ -90,7 +90,7 @@ def _located(given: Artifact | str | Path) -> tuple[Artifact | None, Path, Path]
     return given, given.path, given.model_path
 
 
-def _unique(name: str, taken: Sequence[str]) -> str:
+def unique(name: str, taken: Sequence[str]) -> str:
     """A printable name that no other model of the report has."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     number, found = 1, name
@@ -100,7 +100,8 @@ def _unique(name: str, taken: Sequence[str]) -> str:
     return found
 
 
-def _hash(path: Path, name: str, progress: Progress) -> str:
+def hashed(path: Path, name: str, progress: Progress) -> str:
+    """The SHA-256 of a model's file."""
     done, total = 0, path.stat().st_size
 
     def on_bytes(count: int) -> None:

@@ -12,18 +12,19 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from edgekit import _proc, machine, telemetry
+from edgekit import _proc, machine, sample_inputs, telemetry
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
-from edgekit.runtime import Session, load
+from edgekit.runtime import LoadParams, Session, load
 
 _PROBED = 16  # places of a file that are looked for in the page cache
 _TICK_S = 0.02
 _ASLEEP = 0.1  # the part of a tick that sleeping threads may still use
 _PATIENCE_S = 3.0
+_WARM_RUNS = 3
 
 
 def serve() -> None:
@@ -47,6 +48,8 @@ class _Child:
         self._root = machine.root()
         self._bencher: Any = None
         self._session: Session | None = None
+        self._tensors: Any = None
+        self._feed: dict[str, Any] = {}
         self._prompts: dict[int, str] = {}
 
     # The engine's bare loops
@@ -81,6 +84,42 @@ class _Child:
         after = telemetry.counters(self._root)
         seen["own_cpu_s"] = own
         seen["before"], seen["after"] = vars(before), vars(after)
+
+    # Models without tokens
+
+    def hold_tensors(self, path: str, threads: int | None, batch: int) -> dict[str, Any]:
+        """Load a model for ``run_tensors``: seconds until it could run, and its threads."""
+        runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["onnx"])()
+        if self._tensors is None:
+            runtime.load(Path(path), LoadParams(n_threads=threads)).close()  # checks, trials, cache
+        started = time.perf_counter()
+        self._tensors = session = runtime.load(Path(path), LoadParams(n_threads=threads))
+        seconds = time.perf_counter() - started
+        self._feed = sample_inputs.batch(Path(path), session.inputs, batch)
+        for _ in range(_WARM_RUNS):
+            session.run(self._feed)
+        return {"seconds": seconds, "threads": session.threads}
+
+    def run_tensors(self, seconds: float, least: int) -> dict[str, Any]:
+        """Runs one after the other for so long, and so many at the least."""
+        with self._watched() as seen:
+            runs: list[float] = []
+            ends = time.perf_counter() + seconds
+            while (started := time.perf_counter()) < ends or len(runs) < least:
+                self._tensors.run(self._feed)
+                runs.append(time.perf_counter() - started)
+        seen["runs_s"] = runs
+        return seen
+
+    def profile_tensors(self, path: str, threads: int) -> list[tuple[str, int, float]]:
+        """(kind of operator, how many, milliseconds in a run), the longest first."""
+        from edgekit.runtimes import ort_profile
+
+        return ort_profile.operators(Path(path), threads, self._feed)
+
+    def tensor_engine(self) -> dict[str, Any]:
+        """Version and backend of the engine for models without tokens."""
+        return {"version": metadata.version("onnxruntime"), "backend": "CPUExecutionProvider"}
 
     # A user's session
 
@@ -143,7 +182,6 @@ class _Child:
     def threads(self, given: str, file: str) -> list[int]:
         """The counts for decode and for prefill that ``edgekit.load`` takes for this model."""
         from edgekit.formats import gguf
-        from edgekit.runtime import LoadParams
         from edgekit.runtimes import threads
 
         with load(given):

@@ -337,7 +337,7 @@ Relu LeakyRelu PRelu Elu Selu Clip Sigmoid HardSigmoid HardSwish Tanh Erf Exp Lo
 Reciprocal Neg Abs Floor Ceil Round Sign Not IsNaN Cast Identity Dropout Softmax LogSoftmax
 Softplus Softsign Mish Gelu FastGelu QuickGelu BiasGelu LayerNormalization InstanceNormalization
 GroupNormalization RMSNormalization SimplifiedLayerNormalization BatchNormalization LRN
-QuantizeLinear DequantizeLinear DynamicQuantizeLinear CumSum Sin Cos Trilu ScatterND
+QuantizeLinear DequantizeLinear CumSum Sin Cos Trilu ScatterND
 ScatterElements
 """
 # All inputs are broadcast together.
@@ -389,6 +389,7 @@ _RULES: dict[str, _Rule] = {
         _first_only,
     ),
     "Attention": _attention,
+    "DynamicQuantizeLinear": lambda walk, node: [walk.of(node, 0), (), ()],
 }
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import typed_json
+from edgekit import machine, typed_json
 from edgekit.errors import UsageError, VersionError
 from edgekit.formats import json_file
 from edgekit.formats.foreign import Malformed, read_whole
@@ -48,6 +50,21 @@ class MachineFacts:
     memory_bytes: int | None
     kernel: str
     emulated: bool
+
+
+def machine_facts(root: Path) -> MachineFacts:
+    """Those of the machine whose files lie below ``root``."""
+    cpu = machine.cpu(root)
+    return MachineFacts(
+        cpu=cpu.model,
+        architecture=cpu.architecture,
+        cores=cpu.cores,
+        usable_cores=len(os.sched_getaffinity(0)),
+        board=machine.board(root),
+        memory_bytes=machine.memory(root).total_bytes,
+        kernel=platform.release(),
+        emulated=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -281,14 +298,7 @@ class BenchReport:
     @property
     def busy(self) -> str | None:
         """What disturbed the run, in words; None if nothing did that could be seen."""
-        others = max((row.others_share or 0.0 for row in self.rows), default=0.0)
-        steal = max((row.steal_share or 0.0 for row in self.rows), default=0.0)
-        words = []
-        if others > BUSY_SHARE:
-            words.append(f"other processes took up to {others:.0%} of the processors")
-        if steal > BUSY_STEAL:
-            words.append(f"the host of this virtual machine took up to {steal:.0%} of their time")
-        return " and ".join(words) or None
+        return busy(self.rows)
 
     @property
     def throttled(self) -> bool:
@@ -315,6 +325,18 @@ class BenchReport:
             for row in self.rows
         ]
         return "\n".join([*lines, *(verdict.sentence for verdict in self.verdicts)])
+
+
+def busy(rows: Sequence[Any]) -> str | None:
+    """What disturbed rows with an ``others_share`` and a ``steal_share``, in words."""
+    others = max((row.others_share or 0.0 for row in rows), default=0.0)
+    steal = max((row.steal_share or 0.0 for row in rows), default=0.0)
+    words = []
+    if others > BUSY_SHARE:
+        words.append(f"other processes took up to {others:.0%} of the processors")
+    if steal > BUSY_STEAL:
+        words.append(f"the host of this virtual machine took up to {steal:.0%} of their time")
+    return " and ".join(words) or None
 
 
 def read(path: Path) -> BenchReport:

@@ -10,6 +10,7 @@ import io
 import statistics
 from collections.abc import Iterator, Sequence
 
+from edgekit.latency_report import LatencyReport
 from edgekit.report import BenchReport, BenchRow, SessionRow
 from edgekit.telemetry import Moment
 
@@ -100,7 +101,7 @@ def mib(size_bytes: int | None) -> str:
     return "-" if size_bytes is None else f"{size_bytes / _MIB:.0f} MiB"
 
 
-def machine_lines(report: BenchReport) -> Iterator[tuple[str, str]]:
+def machine_lines(report: BenchReport | LatencyReport) -> Iterator[tuple[str, str]]:
     """What the report was taken on, as (name, value)."""
     machine, engine = report.machine, report.engine
     if report.device:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit import _fs, image_input, text_input
+from edgekit import _fs, image_input, preprocess, text_input
 from edgekit.errors import UsageError
 from edgekit.preprocess import Preprocessing
 from edgekit.runtime import TensorSpec
@@ -90,6 +90,28 @@ def samples(
     if not feeds:
         raise UsageError(f"{data} holds too little to make inputs of")
     return Samples(feeds, name, digest)
+
+
+def batch(model: Path, inputs: Sequence[TensorSpec], size: int) -> dict[str, Any]:
+    """One built-in input of the kind that the model in the file ``model`` takes, ``size`` times.
+
+    Raises UsageError where the model takes batches of another size only.
+    """
+    import numpy as np
+
+    found = samples(
+        preprocess.beside(model), inputs, folder=model.parent, data=None, count=1, part="held-out"
+    )
+    feed: dict[str, Any] = {}
+    for spec in inputs:
+        value = found.feeds[0][spec.name]
+        fixed = spec.shape[0] if spec.shape else None
+        if isinstance(fixed, int) and fixed != size:
+            raise UsageError(
+                f"{spec.name} takes batches of {fixed}, not of {size}", hint=f"--batch {fixed}"
+            )
+        feed[spec.name] = value if isinstance(fixed, int) else np.concatenate([value[:1]] * size)
+    return feed
 
 
 def _own(found: Sequence[Any], part: Part) -> list[Any]:

@@ -11,7 +11,7 @@ import click
 from edgekit import bench_files, remote
 from edgekit.bench import bench, bench_against
 from edgekit.bench_verdict import profiles
-from edgekit.cli import show, show_bench
+from edgekit.cli import bench_latency, show, show_bench
 from edgekit.cli.lists import numbers
 from edgekit.compare import gate
 from edgekit.errors import EdgekitError, UsageError
@@ -111,8 +111,9 @@ def command(
 ) -> None:
     """Measure load times, speeds and memory of MODELs, and say what bounds them.
 
-    MODEL is an artifact's folder or a GGUF file. Lists such as `-t 1,2 -p 32,512` measure every
-    combination.
+    MODEL is an artifact's folder, a GGUF or an ONNX file. Lists such as `-t 1,2 -p 32,512` measure
+    every combination. Models without tokens take --threads, --batch and --repetitions, and their
+    figures are latencies.
     """
     for out in outs:
         bench_files.check(out)
@@ -127,6 +128,8 @@ def command(
                 "--device measures alone: leave out --compare, --fail-if-slower and --profile",
                 hint="--out a.json, then --compare a.json b.json",
             )
+        if bench_latency.is_wanted([model for model in models if Path(model).exists()]):
+            raise UsageError("--device measures language models: bench this one on the board")
         return _on_devices(devices, models, sweep | {"probe": not no_probe}, outs, as_json)
     if sides:
         if models or profile:
@@ -136,6 +139,10 @@ def command(
         raise UsageError("--fail-if-slower needs --compare A B")
     if not models:
         raise UsageError("which model?", hint="edgekit bench build/smollm2-q4")
+    if bench_latency.is_wanted(models):
+        return bench_latency.measure(
+            models, sweep, outs, probe=not no_probe, profile=profile, as_json=as_json
+        )
     with show.progress(quiet=as_json) as progress:
         found = bench(*models, probe=not no_probe, progress=progress, **sweep)
         parts = profiles(models, found, progress) if profile else []

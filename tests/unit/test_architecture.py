@@ -22,13 +22,13 @@ _FLOORS = """
 2  source recipe artifact device target exporter converter runtime report receipt
 2  llama_library ggml_tensor machine scorer model_cost
 2  preprocess image_input text_input sample_inputs
-2  telemetry report_text board_agent board_link upload device_config
+2  latency_report latency_text telemetry report_text board_agent board_link upload device_config
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
 2  tensor_types model_shape vision_cost onnx_shapes onnx_cost
 4  predictor plan_memory plan_validate remote far_side wheelhouse device_setup
-4  peak_loops proof_tensors
+4  peak_loops proof_tensors latency latency_files
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 4  planned_model vision_predictor measured_profile device_probe storage bench_prediction
 5  cli __main__
