@@ -88,8 +88,9 @@ ONNX_TYPES = (
     "weight_only_wi8b32",
     "weight_only_wi4b32",
 )
-# These need inputs to run the model on while it is quantized.
+# These need inputs to run the model on while it is quantized; others take them, and do better.
 NEEDS_SAMPLES = ("static_wi8_ai8",)
+TAKES_SAMPLES = (*NEEDS_SAMPLES, "dynamic_wi8_afp32")
 
 
 def gguf_type(name: str) -> str:

@@ -31,9 +31,13 @@ class Tokens:
         self._tokenizer.enable_truncation(steps.max_length)
         self._pad_id = steps.pad_id
 
-    def tensors(self, texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    def tensors(
+        self, texts: Sequence[str], names: Sequence[str], *, length: int = 1
+    ) -> dict[str, Any]:
         """int64 [len(texts), longest] for each of ``names``: input_ids, attention_mask,
-        token_type_ids. Raises UsageError for what is no text, and for other names.
+        token_type_ids; padded to ``length`` at least.
+
+        Raises UsageError for what is no text, and for other names.
         """
         import numpy as np
 
@@ -43,7 +47,7 @@ class Tokens:
         if unknown := sorted(set(names) - known):
             raise UsageError(f"no text can be made into the input '{unknown[0]}'")
         rows = self._tokenizer.encode_batch(list(texts))
-        longest = max(1, *(len(row.ids) for row in rows))
+        longest = max(length, *(len(row.ids) for row in rows))
         found = {name: np.zeros((len(rows), longest), np.int64) for name in names}
         if "input_ids" in found:
             found["input_ids"][:] = self._pad_id

@@ -21,7 +21,7 @@ import onnxruntime
 
 from edgekit.errors import ExportError, RecipeError
 from edgekit.exporter import Progress
-from edgekit.exporters import onnx_blocks, onnx_graph
+from edgekit.exporters import onnx_blocks, onnx_graph, onnx_smoothing
 from edgekit.exporters.onnx_graph import Graph
 
 Feeds = Sequence[Mapping[str, Any]]
@@ -37,6 +37,7 @@ _PERCENTILE = 99.99
 _OPTIONS: dict[str, Any] = {"MatMulConstBOnly": True, "DefaultTensorType": 1}
 # A kernel of the quantized graph that takes less than this part of all weights may stay float.
 _SMALL = 0.02
+_DYNAMIC_BITS = 7  # of a weight
 _TRIALS = 16  # samples that variants are compared on
 
 
@@ -52,8 +53,9 @@ def quantize(
     """Write ``source`` to ``out`` in ``scheme``, a name of ``quant.ONNX_TYPES``; facts for the
     manifest.
 
-    ``samples`` are inputs by name, which static schemes need. ``overrides`` are pairs of a regular
-    expression on names of nodes and "F32", which keeps those in float.
+    ``samples`` are inputs by name, which static schemes need and dynamic ones smooth outliers by.
+    ``overrides`` are pairs of a regular expression on names of nodes and "F32", which keeps those
+    in float.
     Raises RecipeError, ExportError.
     """
     kept = _kept(source, overrides)
@@ -65,7 +67,7 @@ def quantize(
             model = onnx_graph.load(source)
             facts = onnx_blocks.apply(Graph(model), _BLOCKS[scheme], kept)
         elif scheme == "dynamic_wi8_afp32":
-            model, facts = _dynamic(source, Path(folder), kept)
+            model, facts = _dynamic(source, Path(folder), kept, samples)
         else:
             model, facts = _static(source, Path(folder), kept, samples, progress)
     onnx_graph.save(model, out)
@@ -97,13 +99,19 @@ def _half(source: Path) -> Any:
 # Dynamic: the range of an activation is found anew in every run
 
 
-def _dynamic(source: Path, folder: Path, kept: set[str]) -> tuple[Any, dict[str, Any]]:
+def _dynamic(
+    source: Path, folder: Path, kept: set[str], samples: Feeds
+) -> tuple[Any, dict[str, Any]]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    out = folder / "dynamic.onnx"
+    prepared, out = _prepared(source, folder), folder / "dynamic.onnx"
+    with _failing():
+        smoothed = onnx_graph.load(prepared)
+        count = onnx_smoothing.apply(smoothed, samples, kept, _DYNAMIC_BITS)
+        onnx_graph.save(smoothed, prepared)
     with _failing():
         quantize_dynamic(
-            _prepared(source, folder),
+            prepared,
             out,
             # A convolution with a range of its own in every run is slower than in float.
             op_types_to_quantize=list(_MATRICES),
@@ -117,7 +125,8 @@ def _dynamic(source: Path, folder: Path, kept: set[str]) -> tuple[Any, dict[str,
         )
     model = onnx_graph.load(out)
     tables = onnx_blocks.quantize_tables(Graph(model), kept)
-    return model, {"matrices": _count(model, "MatMulInteger"), "tables": tables}
+    matrices = _count(model, "MatMulInteger")
+    return model, {"matrices": matrices, "tables": tables, "smoothed": count}
 
 
 # Static: ranges are measured on samples

@@ -84,7 +84,7 @@ class OnnxExporter:
 
     def _calibration(self, kind: str, options: ExportOptions) -> Calibration | None:
         choice = options.calibration
-        if kind not in quant.NEEDS_SAMPLES:
+        if kind not in quant.TAKES_SAMPLES:
             if choice not in (None, "none") or options.chunks is not None:
                 raise RecipeError(f"{kind} looks at no inputs: a calibration has no use")
             return None

@@ -1,0 +1,135 @@
+"""Smooths the inputs of matrix products before they are quantized: outliers move into the weights.
+
+A channel that is divided by a factor, and its row of weights multiplied by it, leaves the product
+as it was, but a range of 8 bits then fits the channels better. SmoothQuant, section 4
+(https://arxiv.org/abs/2211.10438); unlike there, the strength is searched for each product, and
+where the division cannot be folded into the layer before (a residual reads it too) it stays an
+operator, which costs little beside the product. Decides by samples; never writes a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import helper
+
+from edgekit.exporters.onnx_graph import Graph
+
+Feeds = Sequence[Mapping[str, Any]]
+_STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_SAMPLES, _ROWS = 16, 128  # of each input: what a strength is judged on
+_GAIN = 0.9  # of the error must be left at most, or the product stays as it is
+_TINY = 1e-6
+
+
+def apply(model: Any, samples: Feeds, kept: set[str], weight_bits: int) -> int:
+    """Change ``model`` in place; how many inputs were smoothed.
+
+    ``kept`` are names of nodes that stay float, ``weight_bits`` those of a weight.
+    """
+    graph = Graph(model)
+    groups = _groups(graph, kept)
+    if not groups or not samples:
+        return 0
+    rows, largest = _watched(model, samples, list(groups))
+    changed = 0
+    for name, nodes in groups.items():
+        weights = [graph.constant(node.input[1]) for node in nodes]
+        factors = _best(rows[name], largest[name], weights, weight_bits)
+        if factors is None:
+            continue
+        _insert(graph, name, nodes, weights, factors)
+        changed += 1
+    graph.finish()
+    return changed
+
+
+def _groups(graph: Graph, kept: set[str]) -> dict[str, list[Any]]:
+    """Input -> the products of it with constant weights that nobody else reads."""
+    found: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op_type != "MatMul" or node.name in kept:
+            continue
+        weights = graph.constant(node.input[1])
+        alone = len(graph.takers[node.input[1]]) == 1
+        if weights is not None and weights.ndim == 2 and alone:
+            found.setdefault(node.input[0], []).append(node)
+    return {name: nodes for name, nodes in found.items() if graph.constant(name) is None}
+
+
+def _watched(
+    model: Any, samples: Feeds, names: list[str]
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Input -> of some samples its rows, float32 [rows, channels]; and over all samples the
+    largest value of each channel, for a single token may hold it.
+    """
+    watched = type(model).FromString(model.SerializeToString())
+    known = {value.name for value in watched.graph.output}
+    for name in names:
+        if name not in known:
+            watched.graph.output.append(helper.make_empty_tensor_value_info(name))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    rows: dict[str, list[Any]] = {name: [] for name in names}
+    largest: dict[str, Any] = {}
+    for number, feed in enumerate(samples):
+        for name, value in zip(names, session.run(names, dict(feed)), strict=True):
+            flat = value.reshape(-1, value.shape[-1])
+            largest[name] = np.maximum(largest.get(name, _TINY), np.abs(flat).max(0))
+            if number < _SAMPLES:
+                rows[name].append(flat[:: -(-len(flat) // _ROWS)].astype(np.float32))
+    return rows, largest
+
+
+def _best(rows: list[Any], largest: Any, weights: list[Any], weight_bits: int) -> Any:
+    """The factors that leave the least error; None where none is much better than nothing."""
+    heaviest = np.maximum(_TINY, np.max([np.abs(each).max(1) for each in weights], axis=0))
+    wanted = [[each @ weight for weight in weights] for each in rows]
+
+    def error(factors: Any) -> float:
+        scaled = [_rounded_weights(weight * factors[:, None], weight_bits) for weight in weights]
+        inputs = [_rounded_inputs(each / factors) for each in rows]
+        return sum(
+            float(((each @ weight - truth) ** 2).sum())
+            for each, truths in zip(inputs, wanted, strict=True)
+            for weight, truth in zip(scaled, truths, strict=True)
+        )
+
+    best, least = None, _GAIN * error(np.ones_like(largest))
+    for strength in _STRENGTHS:
+        factors = largest**strength / heaviest ** (1 - strength)
+        factors = (factors / np.exp(np.log(factors).mean())).astype(np.float32)
+        found = error(factors)
+        if found < least:
+            best, least = factors, found
+    return best
+
+
+def _rounded_inputs(values: Any) -> Any:
+    """As a run does it: 8 bits without a sign, one range for all, with 0 in it."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    step = max(_TINY, (high - low) / 255)
+    zero = np.round(-low / step)
+    return (np.clip(np.round(values / step) + zero, 0, 255) - zero) * step
+
+
+def _rounded_weights(values: Any, bits: int) -> Any:
+    """Symmetric, a range for each column."""
+    step = np.maximum(_TINY, np.abs(values).max(0) / (2 ** (bits - 1) - 1))
+    return np.round(values / step) * step
+
+
+def _insert(graph: Graph, name: str, nodes: list[Any], weights: list[Any], factors: Any) -> None:
+    smooth = f"{name}_smooth"
+    graph.add_constant(f"{smooth}_factors", (1 / factors).astype(np.float32))
+    scale = helper.make_node("Mul", [name, f"{smooth}_factors"], [smooth], name=smooth)
+    graph.replace([nodes[0]], [scale, nodes[0]])
+    for node, weight in zip(nodes, weights, strict=True):
+        node.input[0] = smooth
+        node.input[1] = graph.add_constant(f"{node.input[1]}_smooth", weight * factors[:, None])
