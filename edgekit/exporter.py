@@ -6,7 +6,7 @@ Knows the order of the work and the manifest; never a format's bytes, those are 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -166,6 +166,7 @@ def export(
     *,
     out: str | Path,
     example_inputs: Any = None,
+    preprocess: Mapping[str, Any] | None = None,
     revision: str | None = None,
     progress: Progress = no_progress,
     expect: Manifest | None = None,
@@ -178,6 +179,7 @@ def export(
 
     ``model`` is what ``edgekit.source`` takes, a ModelSource, or a ``torch.nn.Module``, which needs
     ``example_inputs``: a tuple of tensors to call it with, or a dict of them by parameter name.
+    ``preprocess`` lets it take images: fields of a ``preprocessor_config.json``, and "labels".
 
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
     With ``receipt`` the output is proved before it is committed (docs/receipt.md), and must pass
@@ -198,7 +200,7 @@ def export(
             hint="drop --no-receipt, or all gates but --max-size",
         )
     if example_inputs is not None or not isinstance(model, str | Path | ModelSource):
-        model = of_module(model, example_inputs)
+        model = of_module(model, example_inputs, preprocess)
     source, exporter, plan = _prepare(model, format, revision, chosen)
     if expect is not None and plan.recipe != expect.recipe:
         was, now = expect.recipe.to_dict(), plan.recipe.to_dict()

@@ -6,8 +6,8 @@ Knows the fields of ``preprocess.json`` and where Hugging Face folders keep them
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +149,36 @@ def of_folder(
     except (typed_json.Mismatch, TypeError) as error:
         raise SourceError(f"the folder's preprocessing is absurd: {error}") from None
     return found
+
+
+def of_image(given: Mapping[str, Any], name: str, shape: Sequence[int]) -> Preprocessing:
+    """For a model of one's own with the input ``name`` of ``shape`` [batch, channels, height,
+    width]: ``given`` has the fields of a ``preprocessor_config.json``, "labels" (a list of classes,
+    in the output's order), and "task", by default "image-classification".
+
+    Raises SourceError for absurd values.
+    """
+    if not isinstance(given, Mapping) or len(shape) != 4 or shape[1] not in (1, 3):
+        raise SourceError("preprocess is for one image of 1 or 3 channels: a dict, and 4 axes")
+    labels = given.get("labels", ())
+    if not isinstance(labels, list | tuple) or not all(isinstance(each, str) for each in labels):
+        raise SourceError("preprocess: 'labels' must be a list of names")
+    classifies = given.get("task", "image-classification") == "image-classification"
+    config = {
+        "architectures": ["OwnForImageClassification" if classifies else "Own"],
+        "image_size": list(shape[2:]),
+        "num_channels": shape[1],
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+    }
+    try:
+        found = of_folder(config, preprocessor={"do_resize": True, **given})
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"preprocess is absurd: {error}"[:300]) from None
+    assert found.image is not None
+    made = (found.image.height, found.image.width)
+    if made != tuple(shape[2:]):
+        raise SourceError(f"preprocess makes images of {made}, the model takes {tuple(shape[2:])}")
+    return replace(found, image=replace(found.image, input=name))
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:

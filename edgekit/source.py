@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -37,15 +38,19 @@ _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.ASCII)
 @dataclass(frozen=True)
 class TorchModule:
     """A ``torch.nn.Module`` in memory, and what to call it with: a tuple of tensors, or a dict of
-    them by the names of its forward's parameters.
+    them by the names of its forward's parameters. ``preprocess`` says how an image becomes the
+    first input (``preprocess.of_image``), None for a model of bare tensors.
     """
 
     module: Any
     example_inputs: Any
+    preprocess: Mapping[str, Any] | None = None
 
     def hashes(self, on_bytes: Callable[[int], None] | None = None) -> dict[str, str]:
         """One SHA-256 over the class's name and every tensor of the state: name, type, bytes."""
         digest = hashlib.sha256(repr(type(self.module)).encode())
+        if self.preprocess is not None:
+            digest.update(json.dumps(dict(self.preprocess), sort_keys=True, default=str).encode())
         for name, tensor in self._tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # Some types have no numpy twin, but every tensor is bytes.
@@ -168,8 +173,10 @@ def _built_in(name: str) -> Path:
     return files[0]
 
 
-def of_module(module: Any, example_inputs: Any) -> ModelSource:
-    """A torch module as a source; ``example_inputs`` as in TorchModule. Raises UsageError."""
+def of_module(
+    module: Any, example_inputs: Any, preprocess: Mapping[str, Any] | None = None
+) -> ModelSource:
+    """A torch module as a source; the rest as in TorchModule. Raises UsageError."""
     if not callable(getattr(module, "state_dict", None)):
         raise UsageError(f"a {type(module).__name__} is no model", hint="give a torch.nn.Module")
     if example_inputs is None:
@@ -183,7 +190,7 @@ def of_module(module: Any, example_inputs: Any) -> ModelSource:
         path=Path(),
         family=name,
         files=(),
-        module=TorchModule(module, example_inputs),
+        module=TorchModule(module, example_inputs, preprocess),
     )
 
 

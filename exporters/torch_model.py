@@ -25,7 +25,7 @@ from edgekit.errors import (
 )
 from edgekit.formats import json_file
 from edgekit.formats.foreign import shown
-from edgekit.preprocess import Preprocessing, of_folder
+from edgekit.preprocess import Preprocessing, of_folder, of_image
 from edgekit.registry import did_you_mean
 from edgekit.source import ModelSource, TorchModule
 
@@ -236,7 +236,12 @@ def _of_function(source: ModelSource) -> TorchModule:
     match found:
         case (module, inputs) if callable(getattr(module, "state_dict", None)):
             return TorchModule(module, inputs)
-    raise ExportError(f"{source.spec} must return a torch module and its example inputs")
+        case (module, inputs, dict() as given) if callable(getattr(module, "state_dict", None)):
+            return TorchModule(module, inputs, given)
+    raise ExportError(
+        f"{source.spec} must return a torch module and its example inputs, and may return a dict"
+        " that says how images become those"
+    )
 
 
 def _of_module(torch: Any, own: TorchModule) -> TracedModel:
@@ -266,8 +271,17 @@ def _of_module(torch: Any, own: TorchModule) -> TracedModel:
         inputs,
         names,
         dynamic,
-        Preprocessing(task="tensors"),
+        _steps(own, inputs, examples),
     )
+
+
+def _steps(own: TorchModule, inputs: tuple[str, ...], examples: tuple[Any, ...]) -> Preprocessing:
+    """What makes the inputs of a module of the user's own."""
+    if own.preprocess is None:
+        return Preprocessing(task="tensors")
+    if len(inputs) != 1:
+        raise ExportError("preprocess is for a module that takes one image, and nothing else")
+    return of_image(own.preprocess, inputs[0], tuple(examples[0].shape))
 
 
 def _output_names(torch: Any, found: Any) -> tuple[str, ...]:

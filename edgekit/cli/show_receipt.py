@@ -76,12 +76,12 @@ def _agreement(found: Agreement) -> Iterator[Row]:
 
 
 def _latency(found: Latency) -> Iterator[Row]:
-    slower = " SLOWER" if found.slower else ""
+    slower = ", SLOWER" if found.slower else ""
     busy = ", busy machine" if found.busy else ""
     yield (
         "speed here",
-        f"{found.ms:.3g} ms, {found.ratio.value:.2f}x{slower} of the float model's"
-        f" {found.reference_ms:.3g} ms ({found.threads} threads{busy})",
+        f"{found.ms:.3g} ms, {found.reference_ms:.3g} ms in float: {found.ratio.value:.2f}x the"
+        f" speed{slower} ({found.threads} threads{busy})",
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,41 @@ def test_a_module_in_memory_is_exported(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-4)
     with pytest.raises(RecipeError, match="memory"):
         repeat(tmp_path / "out", out=tmp_path / "again")
+
+
+def test_a_module_that_takes_images_classifies_them(tmp_path: Path) -> None:
+    module = tiny_torch.cnn_module().eval()
+    example = torch.randn(1, 3, tiny_torch.SIDE, tiny_torch.SIDE)
+    labels = [f"class {number}" for number in range(module(example).shape[1])]
+    steps = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "labels": labels}
+    made = export(
+        module, "onnx", bits=32, example_inputs=(example,), preprocess=steps, out=tmp_path / "out"
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (*example.shape[2:], 3), dtype=np.uint8)
+    with edgekit.load(made) as session:
+        found = session.classify(Image.fromarray(pixels), top=1)
+    image = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.25
+    assert found[0][0] == labels[int(module(image).argmax())]
+    assert made.manifest.receipt["agreement"]["top1"] is not None  # images, and no noise
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"labels": "cat"},
+        {"image_mean": [0.5]},
+        {"size": {"height": 8, "width": 8}},
+        {"image_std": [0, 0, 0]},
+        {"rescale_factor": "x"},
+    ],
+)
+def test_a_preprocessing_that_cannot_be_is_refused(tmp_path: Path, steps: dict[str, Any]) -> None:
+    module = tiny_torch.cnn_module()
+    example = torch.randn(1, 3, tiny_torch.SIDE, tiny_torch.SIDE)
+    with pytest.raises(SourceError):
+        given = {"example_inputs": (example,), "preprocess": steps}
+        export(module, "onnx", bits=32, out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_may_lie_where_the_program_runs(
