@@ -18,7 +18,7 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import FORMAT, Model, opened
 from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
 from edgekit.bench_prediction import predicted, profile_of
-from edgekit.bench_side import EngineSide, Sample, SessionSide
+from edgekit.bench_side import CHILD_BYTES, COPIES, EngineSide, Sample, SessionSide, free_bytes
 from edgekit.bench_verdict import judged
 from edgekit.compare import Comparison, between, check, within
 from edgekit.device_config import LOCAL
@@ -33,9 +33,6 @@ from edgekit.report import (
     read,
 )
 
-# What a child needs beside the file: its weights once more (repacked), Python and the engine.
-_COPIES = 2
-_CHILD_BYTES = 300 << 20
 _BUSY_LOAD = 0.5  # of a core, before anything has begun
 _CLOCK_FALL = 0.85
 
@@ -261,13 +258,10 @@ def _check_context(model: Model, setting: Setting) -> None:
 
 def _fits(plans: Sequence[tuple[Model, Setting]]) -> bool:
     """Whether all children can hold their models at one time."""
-    memory = machine.memory(machine.root())
-    free = memory.available_bytes
+    free = free_bytes()
     if free is None:
         return False
-    if memory.limit_bytes is not None:
-        free = min(free, memory.limit_bytes)
-    needed = [_COPIES * model.facts.size_bytes + _CHILD_BYTES for model, _ in plans]
+    needed = [COPIES * model.facts.size_bytes + CHILD_BYTES for model, _ in plans]
     sessions = {model.facts.name: need for (model, _), need in zip(plans, needed, strict=True)}
     return sum(needed) + sum(sessions.values()) < free
 

@@ -6,8 +6,10 @@ Knows suffixes; never what the forms look like.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from edgekit import _fs, bench_plot, plot, profile, report_text
 from edgekit.errors import MissingExtraError, UsageError
@@ -39,16 +41,27 @@ def write(report: BenchReport, path: Path) -> None:
 
     Raises UsageError, ExportError.
     """
+    write_form(report, path, report_text.as_csv, report_text.markdown, bench_plot.draw)
+
+
+def write_form(
+    report: Any,
+    path: Path,
+    as_csv: Callable[[Any], str],
+    markdown: Callable[[Any], str],
+    draw: Callable[[Any, Path], None],
+) -> None:
+    """``write`` for any report that has a ``to_json``."""
     check(path)
     form = path.suffix.lower()
     if form == ".json":
         _fs.write_atomic(path, report.to_json())
     elif form == ".csv":
-        _fs.write_atomic(path, report_text.as_csv(report).encode("utf-8", "replace"))
+        _fs.write_atomic(path, as_csv(report).encode("utf-8", "replace"))
     elif form == ".md":
-        _fs.write_atomic(path, report_text.markdown(report).encode("utf-8", "replace"))
+        _fs.write_atomic(path, markdown(report).encode("utf-8", "replace"))
     else:
-        bench_plot.draw(report, path)
+        draw(report, path)
 
 
 def draw_profile(part: Profile, path: Path, number: int) -> None:

@@ -85,7 +85,10 @@ def _located(given: Artifact | str | Path) -> tuple[Artifact | None, Path, Path]
             return None, Path(given), Path(given)
         given = Artifact.open(given)
     if given.format != FORMAT:
-        raise UsageError(f"edgekit bench measures {FORMAT}, not {given.format}")
+        raise UsageError(
+            f"{given.path} is no language model",
+            hint="edgekit bench A B measures such models together; from Python latency.latency()",
+        )
     given.verify_sizes()
     return given, given.path, given.model_path
 

@@ -10,17 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import _proc, telemetry
+from edgekit import _proc, machine, telemetry
 from edgekit.bench_plan import Setting, Sweep, Test
 from edgekit.errors import EngineCrashedError
 from edgekit.report import ModelFacts, SessionRow
 from edgekit.telemetry import Strain
 
+# What a child needs beside the file: its weights once more (repacked), Python and the engine.
+COPIES = 2
+CHILD_BYTES = 300 << 20
 _START_S = 120
 _ANSWER_S = 3600
 _WARM_STEPS = 8
 _ROOM = 16  # tokens of a session's context beside the test: BOS, and the first of the answer
 _FEWEST_TOKENS = 8  # of an answer whose pace means something
+
+
+def free_bytes() -> int | None:
+    """Memory that processes may still take here; None where that cannot be told."""
+    memory = machine.memory(machine.root())
+    if memory.available_bytes is None or memory.limit_bytes is None:
+        return memory.available_bytes
+    return min(memory.available_bytes, memory.limit_bytes)
 
 
 class Child:

@@ -90,8 +90,7 @@ class _Child:
     def hold_tensors(self, path: str, threads: int | None, batch: int) -> dict[str, Any]:
         """Load a model for ``run_tensors``: seconds until it could run, and its threads."""
         runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["onnx"])()
-        if self._tensors is None:
-            runtime.load(Path(path), LoadParams(n_threads=threads)).close()  # checks, trials, cache
+        runtime.load(Path(path), LoadParams(n_threads=threads)).close()  # checks, trials, cache
         started = time.perf_counter()
         self._tensors = session = runtime.load(Path(path), LoadParams(n_threads=threads))
         seconds = time.perf_counter() - started

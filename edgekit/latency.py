@@ -16,7 +16,7 @@ from typing import Any
 from edgekit import __version__, machine, onnx_cost, probe, telemetry
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import hashed, unique
-from edgekit.bench_side import Child
+from edgekit.bench_side import CHILD_BYTES, COPIES, Child, free_bytes
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.formats import onnx
@@ -40,6 +40,7 @@ class _Model:
     facts: ModelFacts
     flops: float | None
     weight_bytes: int
+    why_no_flops: str
 
 
 @dataclass
@@ -143,7 +144,8 @@ def latency(
         operators=tuple(operators),
         moments=recorder.moments,
     )
-    report = replace(report, remarks=tuple(_what_to_mind(report)))
+    unknown = [f"no verdict on {m.facts.name}: {m.why_no_flops}" for m in found if m.why_no_flops]
+    report = replace(report, remarks=(*_what_to_mind(report), *unknown))
     return _judged(report, progress) if probe_limits else report
 
 
@@ -174,13 +176,14 @@ def _opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list
         name = unique(shown.resolve().name, [model.facts.name for model in found])
         weights = sum(tensor.size_bytes for tensor in header.initializers)
         flops: float | None = None
+        why = ""
         kind = artifact.manifest.recipe.type if artifact else ""
         try:
             cost = onnx_cost.cost(header)
             flops, weights = cost.cost.flops, sum(cost.weight_bytes.values())
             kind = kind or ("int8" if cost.is_int8 else "F32")
-        except EdgekitError:
-            pass  # then nobody can say how near the limits it comes; the times stand
+        except EdgekitError as error:
+            why = error.message  # nobody can say how near the limits it comes; the times stand
         facts = ModelFacts(
             name=name,
             sha256=hashed(path, name, progress),
@@ -189,7 +192,7 @@ def _opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list
             architecture=header.producer or "ONNX",
             parameters=header.parameters,
         )
-        found.append(_Model(path.absolute(), facts, flops, weights))
+        found.append(_Model(path.absolute(), facts, flops, weights, why))
     return found
 
 
@@ -206,6 +209,7 @@ def _sides(
     progress: Progress,
 ) -> list[_Side]:
     plans = [(m, t, b) for m in models for t in (threads or (None,)) for b in batches]
+    _check_memory(plans)
     sides: list[_Side] = []
     for number, (model, count, batch) in enumerate(plans):
         progress("load", number, len(plans))
@@ -222,6 +226,17 @@ def _sides(
         sides.append(side)
     progress("load", len(plans), len(plans))
     return sides
+
+
+def _check_memory(plans: Sequence[tuple[_Model, int | None, int]]) -> None:
+    """All processes live at one time: each with its weights twice (repacked) and the engine."""
+    free = free_bytes()
+    needed = sum(COPIES * model.facts.size_bytes + CHILD_BYTES for model, _, _ in plans)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"{len(plans)} settings need {needed >> 20} MiB at one time, {free >> 20} are free",
+            hint="bench fewer models, threads or batches",
+        )
 
 
 def _operators(side: _Side, progress: Progress) -> list[OperatorRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekit import _fs, bench_files, latency_text, plot
+from edgekit import bench_files, latency_text, plot
 from edgekit.latency_report import LatencyReport
 
 check = bench_files.check
@@ -17,16 +17,7 @@ def write(report: LatencyReport, path: Path) -> None:
 
     Raises UsageError, ExportError, MissingExtraError.
     """
-    check(path)
-    form = path.suffix.lower()
-    if form == ".json":
-        _fs.write_atomic(path, report.to_json())
-    elif form == ".csv":
-        _fs.write_atomic(path, latency_text.as_csv(report).encode("utf-8", "replace"))
-    elif form == ".md":
-        _fs.write_atomic(path, latency_text.markdown(report).encode("utf-8", "replace"))
-    else:
-        _draw(report, path)
+    bench_files.write_form(report, path, latency_text.as_csv, latency_text.markdown, _draw)
 
 
 def _draw(report: LatencyReport, path: Path) -> None:

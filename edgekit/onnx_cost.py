@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.formats.foreign import shown
 from edgekit.formats.onnx import OnnxHeader, OnnxNode, OnnxTensor
-from edgekit.onnx_shapes import Shape, Shapes
+from edgekit.onnx_shapes import BROKEN, Shape, Shapes, called
 from edgekit.vision_cost import VisionCost
 
 # What a size that the file leaves open is taken for: by the rank of the input.
@@ -63,18 +63,21 @@ def cost(header: OnnxHeader) -> OnnxCost:
     operators = 0
     for node in header.nodes:
         if node.op_type == "Constant":
-            constant.add(node.outputs[0])
+            constant.update(node.outputs)
             continue
         if set(filter(None, node.inputs)) <= constant and node.inputs:
             constant.update(node.outputs)  # engines fold it when they load the file
             continue
-        done = _macs(walk, node)
+        try:
+            done = _macs(walk, node)
+        except BROKEN:
+            raise SourceError(f"{called(node)} and its inputs do not fit together") from None
         macs += done
         out = sum(math.prod(walk.shapes.get(name, ())) for name in node.outputs[:1])
         if node.op_type not in free and (done or node.op_type not in fused):
             activations += out
             operators += 1
-            read = sum(math.prod(walk.shapes[i]) for i in node.inputs if i and i not in constant)
+            read = sum(math.prod(walk.shapes.get(i, ())) for i in node.inputs if i not in constant)
             peak = max(peak, out + read)
     by_type: dict[str, int] = {}
     for tensor in weights:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 
 from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.formats.foreign import shown
-from edgekit.formats.onnx import OnnxHeader, OnnxNode, OnnxTensor
+from edgekit.formats.onnx import MAX_INT64, OnnxHeader, OnnxNode, OnnxTensor
 
 Shape = tuple[int, ...]
 _MAX = 1 << 40  # values of a tensor; beyond it lies nonsense
 _MAX_KNOWN = 64  # whole numbers that are followed: shapes are short
+# What a graph that contradicts itself makes of the rules below.
+BROKEN = (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError)
 
 
 class Shapes:
@@ -46,7 +48,7 @@ class Shapes:
         """The shape of an input. Raises SourceError where there is none."""
         name = node.inputs[index] if index < len(node.inputs) else ""
         if name not in self.shapes:
-            raise SourceError(f"{_called(node)} has no input {index}")
+            raise SourceError(f"{called(node)} has no input {index}")
         return self.shapes[name]
 
     def numbers(self, node: OnnxNode, index: int) -> tuple[int, ...] | None:
@@ -63,25 +65,34 @@ class Shapes:
             self.known[name] = tensor.numbers
 
     def _visit(self, node: OnnxNode, stated: dict[str, Shape]) -> None:
-        if node.op_type == "Constant":
-            self._of_constant(node)
-            return
         try:
-            found = _RULES[node.op_type](self, node)
-        except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):
+            if node.op_type == "Constant":
+                self._of_constant(node)
+            else:
+                self._keep(node, _RULES[node.op_type](self, node))
+        except BROKEN:
             found = [stated[name] for name in node.outputs if name in stated]
-            if len(found) < min(1, len(node.outputs)):
+            if not found or len(found) < len(node.outputs):
                 raise UnsupportedModelError(
-                    f"the shape of what {_called(node)} computes cannot be told from the header",
+                    f"the shape of what {called(node)} computes cannot be told from the header",
                     hint="write the shapes into the file (onnx.shape_inference), or plan from the"
                     " folder that the model was made from",
                 ) from None
+            for name, shape in zip(node.outputs, found, strict=True):
+                self.shapes[name] = shape
+
+    def _keep(self, node: OnnxNode, found: Sequence[Shape]) -> None:
         for name, shape in zip(node.outputs, found, strict=False):
-            if len(shape) > _MAX_KNOWN or any(d < 0 for d in shape) or math.prod(shape) > _MAX:
-                raise SourceError(f"{_called(node)} would compute an absurd shape")
+            if not all(type(size) is int for size in shape):
+                raise TypeError
+            if len(shape) > _MAX_KNOWN or min(shape, default=0) < 0 or math.prod(shape) > _MAX:
+                raise SourceError(f"{called(node)} would compute an absurd shape")
             self.shapes[name] = shape
         numbers = _numbers(self, node)
-        if numbers is not None and len(numbers) <= _MAX_KNOWN:
+        # Beyond 64 bits no engine computes them; squares of squares would never end.
+        if numbers is None or len(numbers) > _MAX_KNOWN:
+            return
+        if all(abs(number) <= MAX_INT64 for number in numbers):
             self.known[node.outputs[0]] = numbers
 
     def _of_constant(self, node: OnnxNode) -> None:
@@ -100,7 +111,8 @@ class Shapes:
 _CONSTANTS = ("value_int", "value_ints", "value_float", "value_floats", "value_string")
 
 
-def _called(node: OnnxNode) -> str:
+def called(node: OnnxNode) -> str:
+    """An operator, for messages."""
     return f"{shown(node.op_type)} ({shown(node.name or ''.join(node.outputs[:1]))})"
 
 
@@ -182,9 +194,14 @@ def _blocks(walk: Shapes, node: OnnxNode) -> list[Shape]:
 
 
 def _gemm(walk: Shapes, node: OnnxNode) -> list[Shape]:
-    a, b = walk.of(node, 0), walk.of(node, 1)
-    rows = a[1] if node.attributes.get("transA") else a[0]
-    return [(rows, b[0] if node.attributes.get("transB") else b[1])]
+    (rows, inner), (depth, columns) = walk.of(node, 0), walk.of(node, 1)
+    if node.attributes.get("transA"):
+        rows, inner = inner, rows
+    if node.attributes.get("transB"):
+        depth, columns = columns, depth
+    if inner != depth:
+        raise ValueError
+    return [(rows, columns)]
 
 
 def _transpose(walk: Shapes, node: OnnxNode) -> list[Shape]:
@@ -434,7 +451,7 @@ def _numbers(walk: Shapes, node: OnnxNode) -> tuple[int, ...] | None:
     try:
         rows = zip(*(each * length if len(each) == 1 else each for each in told), strict=True)
         return tuple(compute(*row) for row in rows)
-    except (ValueError, ZeroDivisionError, TypeError):
+    except BROKEN:
         return None
 
 

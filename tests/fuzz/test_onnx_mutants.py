@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
+from edgekit import onnx_cost
 from edgekit.errors import EdgekitError
 from edgekit.formats import onnx
 
@@ -89,6 +90,24 @@ def test_every_mutant_is_read_or_refused_within_a_second(
     finally:
         tracemalloc.stop()
     assert refused > count // 4
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(COUNT, marks=pytest.mark.fuzz)])
+def test_every_mutant_is_counted_or_refused_within_a_second(
+    count: int, sound: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "mutant.onnx"
+    counted = 0
+    for raw in mutants(sound, count, "cost"):
+        path.write_bytes(raw)
+        started = time.process_time()
+        try:
+            onnx_cost.cost(onnx.read(path))
+            counted += 1
+        except EdgekitError as error:
+            assert error.message.isprintable()
+        assert time.process_time() - started < 1
+    assert count // 20 < counted < count
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(LOADED, marks=pytest.mark.fuzz)])
