@@ -34,7 +34,7 @@ Neg And Not
 
 @dataclass(frozen=True)
 class OnnxCost:
-    """``cost`` of one input; ``weight_bytes`` by dtype; ``assumed`` says, as "name: size", what
+    """``cost`` of one input; ``weight_bytes`` by dtype; ``assumed`` says, as "name size", what
     open sizes of the inputs were taken for.
     """
 
@@ -112,12 +112,14 @@ def inputs(header: OnnxHeader, length: int) -> tuple[dict[str, Shape], tuple[str
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int):
                 size = _open(axis, len(value.shape), length)
-                assumed[f"{shown(value.name)}[{axis}]"] = size
+                named = value.shape[axis]
+                label = shown(str(named)) if named else f"axis {axis} of {shown(value.name)}"
+                assumed[label] = size
             if size > _MAX_SIZE:
                 raise SourceError(f"input {shown(value.name)} has a size of {size}")
             sizes.append(size)
         found[value.name] = tuple(sizes)
-    return found, tuple(f"{name}: {size}" for name, size in assumed.items())
+    return found, tuple(f"{name} {size}" for name, size in assumed.items())
 
 
 def _open(axis: int, rank: int, length: int) -> int:

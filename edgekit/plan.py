@@ -391,6 +391,11 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
     bound, verdict = vision_predictor.bound(model.vision, profile, int8, _LATENCY_ENGINE, threads)
     storage = profile.storage.read_mbps
     faster_if = (f"with 8 bits {faster.mid:.3g} ms",) if not int8 else ()
+    open_sizes = (
+        (f"sizes that the file leaves open were taken for {', '.join(model.assumed)}",)
+        if model.assumed
+        else ()
+    )
     inputs = vision_predictor.inputs(profile, engine=_LATENCY_ENGINE, n_threads=threads)
     return Plan(
         model=model.name,
@@ -414,5 +419,5 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
         gpu_layers=None,
         recommended=Recommended(8, "int8", None, threads, None, None),
         inputs=(*_board_inputs(profile), *inputs),
-        remarks=(*faster_if, *(f"the file leaves open {each}" for each in model.assumed)),
+        remarks=(*faster_if, *open_sizes),
     )

@@ -63,7 +63,7 @@ def test_open_sizes_are_told(tmp_path: Path) -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"])
     header = _header(tmp_path, [node], [_weights("w", 8, 3, 1, 1)], "batch", 3, "height", None)
     found = onnx_cost.cost(header)
-    assert found.assumed == ("'x'[0]: 1", "'x'[2]: 224", "'x'[3]: 224")
+    assert found.assumed == ("'batch' 1", "'height' 224", "axis 3 of 'x' 224")
     assert found.cost.flops == 2 * 224**2 * 8 * 3
 
 
