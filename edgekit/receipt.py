@@ -325,7 +325,13 @@ def bounded(interval: Interval, *, percent: bool = False) -> str:
     if percent:
         value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
         return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
-    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+    return f"{figure(interval.value)} [{figure(interval.low)}, {figure(interval.high)}]"
+
+
+def figure(value: float) -> str:
+    """Three digits, and just below 1 as many as tell it from 1: a cosine of .99951 is not 1."""
+    digits = 3 if not 0.99 < value < 1 else 1 - math.floor(math.log10(1 - value))
+    return f"{value:.{digits}g}"
 
 
 def as_option(name: str, limit: float) -> str:

@@ -92,6 +92,32 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+# The models that a GGUF file gives back, with what changes: the trained length of Llama 3 in
+# particular, which such a file cannot hold.
+CONVERTIBLE: dict[str, dict[str, Any]] = {
+    "llama2": {},
+    "llama3": {
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "llama-linear": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt2": {},
+    "phi": {},
+    "phi3": {},
+    "phi3-long": {},
+    "gemma3": {},
+}
+
+
 def _weights(model: Any, embedding_width: float) -> None:
     """Wide weights, norms near 1, biases that matter."""
     import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgekit.cli import show
-from edgekit.receipt import Agreement, Latency, Quality, Receipt, Speed, as_option, bounded
+from edgekit.receipt import Agreement, Latency, Quality, Receipt, Speed, as_option, bounded, figure
 
 Row = tuple[str, str]
 
@@ -62,7 +62,7 @@ def _status(receipt: Receipt) -> str:
 def _agreement(found: Agreement) -> Iterator[Row]:
     yield (
         "answers",
-        f"cosine {bounded(found.cosine)}, at least {found.least_cosine:.3g},"
+        f"cosine {bounded(found.cosine)}, at least {figure(found.least_cosine)},"
         f" largest error {found.max_error:.2g}",
     )
     if found.top1:
@@ -102,13 +102,14 @@ def _quality(quality: Quality) -> Iterator[Row]:
 
 def _speed(speed: Speed, reference: str) -> Iterator[Row]:
     ratios = {"decode": speed.decode_ratio.value, "prefill": speed.prefill_ratio.value}
-    figures = ", ".join(
-        f"{name} {ratio:.2f}x" + (" SLOWER" if name in speed.slower else "")
+    first, *others = (
+        f"{name} {ratio:.2f}x" + (" (SLOWER)" if name in speed.slower else "")
         for name, ratio in ratios.items()
     )
+    figures = ", ".join([f"{first} the speed of {reference}", *others])
     yield (
         "speed here",
-        f"{figures} of {reference} ({speed.decode_tok_s:.0f} and {speed.prefill_tok_s:.0f} tok/s,"
+        f"{figures} ({speed.decode_tok_s:.0f} and {speed.prefill_tok_s:.0f} tok/s,"
         f" {speed.threads} threads" + (", busy machine)" if speed.busy else ")"),
     )
     path = "the best of this CPU" if speed.fast_path else "NOT the best of this CPU"

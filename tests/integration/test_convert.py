@@ -54,29 +54,6 @@ CHAT = [
     {"role": "assistant", "content": "Hello."},
     {"role": "user", "content": "Why is the sky blue?"},
 ]
-# Beside tiny's own settings: the trained length of Llama 3, which a GGUF file cannot hold.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama2": {},
-    "llama3": {
-        "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "llama-linear": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gpt2": {},
-    "phi": {},
-    "phi3": {},
-    "phi3-long": {},
-    "gemma3": {},
-}
 
 
 def _logits(folder: Path, ids: list[int], **options: Any) -> Any:
@@ -169,7 +146,7 @@ def way_back(
 
     def make(name: str) -> tuple[Path, Path, ModelSource]:
         if name not in made:
-            folder = tiny.make(name, root / name, **FAMILIES[name])
+            folder = tiny.make(name, root / name, **tiny.CONVERTIBLE[name])
             if name.startswith("phi3"):
                 _strip_as_phi3(folder / "tokenizer.json")
             file = root / f"{name}.gguf"
@@ -180,7 +157,7 @@ def way_back(
     return make
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.CONVERTIBLE)
 def test_every_family_comes_back_with_equal_logits(way_back: Any, name: str) -> None:
     folder, _, back = way_back(name)
     ids = np.random.default_rng(3).integers(5, 1000, 64).tolist()
@@ -190,7 +167,7 @@ def test_every_family_comes_back_with_equal_logits(way_back: Any, name: str) -> 
     assert (original.argmax(-1) == ours.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.CONVERTIBLE)
 def test_every_family_comes_back_with_its_token_ids(way_back: Any, name: str) -> None:
     folder, _, back = way_back(name)
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -201,7 +178,7 @@ def test_every_family_comes_back_with_its_token_ids(way_back: Any, name: str) ->
             assert ours.encode(text, add_special_tokens=special).ids == expected, text
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.CONVERTIBLE)
 def test_the_same_file_comes_out_again(way_back: Any, tmp_path: Path, name: str) -> None:
     """GGUF -> folder -> GGUF: the same tensors and the same metadata, so nothing got lost."""
     _, file, back = way_back(name)
@@ -436,5 +413,5 @@ def test_the_verb_says_that_quantized_weights_stay_what_they_are(
 
 def test_every_layout_is_proved_here() -> None:
     families = {layout.model_type for layout in to_hf_families.LAYOUTS.values()}
-    proved = {tiny.MODELS[name][0] for name in FAMILIES}
+    proved = {tiny.MODELS[name][0] for name in tiny.CONVERTIBLE}
     assert {name.removesuffix("_text") for name in families} == {name.lower() for name in proved}

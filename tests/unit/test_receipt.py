@@ -194,7 +194,7 @@ def test_the_card_says_slower_aloud_and_shows_both_sides() -> None:
     card = dict(show_receipt.rows(RECEIPT))
     assert card["distribution"] == "mean KL 0.049 [0.045, 0.053], median 0.03, p99 0.25, p99.9 0.61"
     assert card["same top-1"] == "86.9% [85.4, 88.3]"
-    assert "decode 1.62x, prefill 0.82x SLOWER of F16" in card["speed here"]
+    assert "decode 1.62x the speed of F16, prefill 0.82x (SLOWER)" in card["speed here"]
     older = replace(RECEIPT, quality=replace(QUALITY, perplexity=27.0))
     both = dict(show_receipt.rows(RECEIPT, earlier=older))
     assert both["perplexity"].startswith("26 for") and "(manifest: 27 for" in both["perplexity"]
