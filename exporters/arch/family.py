@@ -1,4 +1,4 @@
-"""What a model family is to the GGUF exporter: its metadata and where each tensor goes.
+"""What a model family is: its metadata and tensors in GGUF, and what it computes.
 
 Knows llama.cpp's names for the facts all families share; never opens a file or sees a weight.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgekit.errors import SourceError, UnknownNameError, UnsupportedModelError
 from edgekit.exporters.arch import rope
 from edgekit.exporters.arch.config import Config
+from edgekit.exporters.arch.decoder import Decoder, Rotation
 from edgekit.registry import GGUF_FAMILIES
 from edgekit.source import ModelSource
 
@@ -54,6 +55,8 @@ class Family:
     # tokenizer.ggml.pre where the family's models use another name for the same splitting.
     pre_names: ClassVar[Mapping[str, str]] = {}
     layers_key: ClassVar[str] = "num_hidden_layers"
+    # Norms by the root of the mean square; else LayerNorm.
+    rms: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises SourceError for bad values, UnsupportedModelError for what GGUF cannot express."""
@@ -140,6 +143,30 @@ class Family:
                 if key in self.rope.values:
                     found[f"rope.scaling.{name}"] = self.rope.number(key)
         return found
+
+    def decoder(self) -> Decoder:
+        """What the model computes. Raises UnsupportedModelError where no family says it."""
+        width, context_length = (
+            self.config.integer(key) for key in ("hidden_size", "max_position_embeddings")
+        )
+        return Decoder(
+            layers=self.layers,
+            width=width,
+            inner=self.config.integer("intermediate_size"),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            context_length=context_length,
+            epsilon=self.config.number("rms_norm_eps" if self.rms else "layer_norm_eps"),
+            rotation=self.rotation(context_length),
+            attention_scale=self.head_dim**-0.5,
+            tied=bool(self.config.get("tie_word_embeddings")),
+        )
+
+    def rotation(self, context_length: int) -> Rotation:
+        """The rotary positions of all layers but those with a base of their own."""
+        return self.rope.rotation(self.head_dim)
 
     def tokenizer_metadata(self) -> dict[str, bool]:
         """Full keys that this family writes whatever its tokenizer says."""

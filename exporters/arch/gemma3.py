@@ -6,13 +6,16 @@ Knows what llama.cpp fixes for this family and refuses the rest; never opens a f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gguf
 import numpy as np
 
 from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.exporters.arch.decoder import SEPARATE, Decoder
 from edgekit.exporters.arch.family import Array, Family, Placement, Value
+from edgekit.exporters.arch.qwen3 import HEAD_NORMS
 
 _PATTERN = 6
 
@@ -81,6 +84,31 @@ class Gemma3(Family):
             # transformers multiplies by 1 + weight, llama.cpp by the weight.
             return Placement(placed.name, _plus_one)
         return placed
+
+    def decoder(self) -> Decoder:
+        width = self.config.integer("hidden_size")
+        window = self.config.integer("sliding_window")
+        kinds = layer_types(self.layers)
+        return replace(
+            super().decoder(),
+            gain_offset=1.0,
+            activation="gelu_tanh",
+            head_norms=True,
+            after_norms=True,
+            attention_scale=self.config.integer("query_pre_attn_scalar") ** -0.5,
+            embedding_scale=float(np.sqrt(np.float32(width))),
+            logit_cap=float(self.config.get("final_logit_softcapping") or 0),
+            tied=True,
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            local_rotation=self.rope.local_rotation(self.head_dim),
+            parts=SEPARATE
+            | HEAD_NORMS
+            | {
+                "after_attention": ("post_attention_layernorm",),
+                "mlp_norm": ("pre_feedforward_layernorm",),
+                "after_mlp": ("post_feedforward_layernorm",),
+            },
+        )
 
 
 def layer_types(layers: int) -> list[str]:

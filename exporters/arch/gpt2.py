@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import gguf
 
 from edgekit.errors import UnsupportedModelError
+from edgekit.exporters.arch.decoder import Decoder
 from edgekit.exporters.arch.family import Array, Family, Placement, Value
 
 # Stored as [inputs, outputs], the rows of transformers' Conv1D.
@@ -54,6 +55,11 @@ class Gpt2(Family):
         if placed and name.endswith(_TRANSPOSED) and len(shape) == 2:
             return Placement(placed.name, _transposed, rows_together=0, shape=(shape[1], shape[0]))
         return placed
+
+    def decoder(self) -> Decoder:
+        raise UnsupportedModelError(
+            "gpt2 models cannot be written as ONNX", hint="--format gguf takes them"
+        )
 
 
 def _transposed(matrix: Array) -> Array:

@@ -6,11 +6,13 @@ Knows their metadata in llama.cpp's words; never opens a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gguf
 
 from edgekit.errors import UnsupportedModelError
+from edgekit.exporters.arch.decoder import SEPARATE, Decoder
 from edgekit.exporters.arch.family import Family, Value
 
 
@@ -18,6 +20,7 @@ class Phi(Family):
     """``model_type`` "phi"."""
 
     arch = gguf.MODEL_ARCH.PHI2
+    rms = False
     # The same splitting as GPT-2; llama.cpp knows these models by their own name for it.
     pre_names: ClassVar[Mapping[str, str]] = {"gpt-2": "phi-2"}
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -54,3 +57,20 @@ class Phi(Family):
 
     def tokenizer_metadata(self) -> dict[str, bool]:
         return {"tokenizer.ggml.add_bos_token": False}
+
+    def decoder(self) -> Decoder:
+        return replace(
+            super().decoder(),
+            norm="layer",
+            activation="gelu_tanh",
+            gated=False,
+            parallel=True,
+            parts={
+                "qkv": SEPARATE["qkv"],
+                "output": ("self_attn.dense",),
+                "gate_up": ("mlp.fc1",),
+                "down": ("mlp.fc2",),
+                "norm": SEPARATE["norm"],
+            },
+            final_norm_name="model.final_layernorm",
+        )

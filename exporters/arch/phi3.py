@@ -6,15 +6,17 @@ for them whatever ``sliding_window`` says: beyond that window its answers differ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gguf
 import numpy as np
 
-from edgekit.errors import SourceError, UnsupportedModelError
+from edgekit.errors import SourceError
+from edgekit.exporters.arch.decoder import SEPARATE, Decoder, Rotation
 from edgekit.exporters.arch.family import Array, Family, Value
+from edgekit.exporters.arch.rope import attention_factor
 
 
 class Phi3(Family):
@@ -76,16 +78,19 @@ class Phi3(Family):
             found[f"rope_factors_{kind}.weight"] = np.array(factors, dtype=np.float32)
         return found
 
+    def decoder(self) -> Decoder:
+        whole = super().decoder()
+        length = whole.context_length
+        if self.rope.scaling == "longrope":
+            # Beyond it longrope turns by other factors, which one graph cannot hold.
+            length = min(length, self._trained_length)
+        window = self.config.get("sliding_window")
+        return replace(
+            whole,
+            context_length=length,
+            windows=() if window is None else (self.config.integer("sliding_window"),) * self.layers,
+            parts=SEPARATE | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)},
+        )
 
-def attention_factor(context_length: int, trained_length: int) -> float:
-    """How much longer queries and keys become: sqrt(1 + ln(s) / ln(L)), s = context / L.
-
-    LongRoPE, https://arxiv.org/abs/2402.13753.
-    Raises UnsupportedModelError for a trained length whose logarithm is no divisor.
-    """
-    if trained_length < 2:
-        raise UnsupportedModelError(f"longrope models trained for {trained_length} positions")
-    stretch = context_length / trained_length
-    if stretch <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(stretch) / math.log(trained_length))
+    def rotation(self, context_length: int) -> Rotation:
+        return self.rope.rotation(self.head_dim, context_length, self._trained_length)

@@ -6,12 +6,16 @@ Knows their metadata in llama.cpp's words; never opens a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import gguf
 
+from edgekit.exporters.arch.decoder import SEPARATE, Decoder
 from edgekit.exporters.arch.family import Value
 from edgekit.exporters.arch.qwen2 import Qwen2
+
+HEAD_NORMS = {"query_norm": ("self_attn.q_norm",), "key_norm": ("self_attn.k_norm",)}
 
 
 class Qwen3(Qwen2):
@@ -30,3 +34,6 @@ class Qwen3(Qwen2):
             "attention.key_length": self.head_dim,
             "attention.value_length": self.head_dim,
         }
+
+    def decoder(self) -> Decoder:
+        return replace(super().decoder(), head_norms=True, parts=SEPARATE | HEAD_NORMS)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import SourceError, UnsupportedModelError
 from edgekit.exporters.arch.config import Config, finite
+from edgekit.exporters.arch.decoder import Rotation
 
 # What each scaling may say. Another key could change the rotation in a way that we would drop.
 _KEYS: dict[str, set[str]] = {
@@ -107,6 +108,57 @@ class Rope:
                 divisors.append(np.float32(1) / blend)
         return np.array(divisors, dtype=np.float32)
 
+    def rotation(
+        self, head_dim: int, context_length: int = 0, trained_length: int = 0
+    ) -> Rotation:
+        """Frequencies for heads of ``head_dim`` values, as transformers' modeling_rope_utils.py.
+
+        longrope turns by its short factors: the model is to be run within ``trained_length``.
+        """
+        turning = int(self.rotated * head_dim) // 2
+        exponents = np.arange(0, turning, dtype=np.float32) * np.float32(2) / (2 * turning)
+        plain = np.float32(1) / np.float32(self.theta) ** exponents
+        if self.scaling == "linear":
+            return Rotation((plain / np.float32(self.number("factor"))).astype(np.float32))
+        if self.scaling == "llama3":
+            return Rotation(plain / self.llama3_divisors(head_dim))
+        if self.scaling == "longrope":
+            factors = np.array(self.numbers("short_factor"), np.float32)
+            if len(factors) != turning:
+                raise SourceError(f"config.json: short_factor must have {turning} values")
+            return Rotation(plain / factors, attention_factor(context_length, trained_length))
+        if self.scaling == "yarn":
+            return self._yarn(plain)
+        return Rotation(plain)
+
+    def local_rotation(self, head_dim: int) -> Rotation | None:
+        """That of layers with a window, where they have a base of their own."""
+        if self.local_theta is None:
+            return None
+        return Rope(self.local_theta, rotated=self.rotated).rotation(head_dim)
+
+    def _yarn(self, plain: NDArray[np.float32]) -> Rotation:
+        """Frequencies that turn often in the trained length stay, slow ones are stretched, those
+        between are blended: https://arxiv.org/abs/2309.00071, section 3.2.
+        """
+        factor = self.number("factor")
+        trained = self.number("original_max_position_embeddings")
+        turning = len(plain)
+
+        def place(key: str, default: float) -> float:
+            turns = self.number(key) if key in self.values else default
+            return turning * math.log(trained / (turns * 2 * math.pi)) / math.log(self.theta)
+
+        if not (factor > 0 and trained > 0 and self.theta > 1):
+            raise UnsupportedModelError("yarn needs a factor, a trained length and a base above 1")
+        low = max(math.floor(place("beta_fast", 32)), 0)
+        high = min(math.ceil(place("beta_slow", 1)), 2 * turning - 1)
+        ramp = np.clip((np.arange(turning) - low) / max(high - low, 1e-3), 0, 1)
+        blended = plain / factor * ramp + plain * (1 - ramp)
+        stretch = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        scale = self.number("attention_factor") if "attention_factor" in self.values else stretch
+        return Rotation(blended.astype(np.float32), scale)
+
 
 def read(config: Config, *scalings: str) -> Rope:
     """The rotary positions of a model.
@@ -155,6 +207,20 @@ def read(config: Config, *scalings: str) -> Rope:
         rotated=1.0 if rotated is None else finite("partial_rotary_factor", rotated),
         local_theta=None if local_theta is None else finite("rope_local_base_freq", local_theta),
     )
+
+
+def attention_factor(context_length: int, trained_length: int) -> float:
+    """How much longer queries and keys become: sqrt(1 + ln(s) / ln(L)), s = context / L.
+
+    LongRoPE, https://arxiv.org/abs/2402.13753.
+    Raises UnsupportedModelError for a trained length whose logarithm is no divisor.
+    """
+    if trained_length < 2:
+        raise UnsupportedModelError(f"longrope models trained for {trained_length} positions")
+    stretch = context_length / trained_length
+    if stretch <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(stretch) / math.log(trained_length))
 
 
 def _mapping(config: Config, key: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from edgekit.errors import (
     UnsupportedModelError,
 )
 from edgekit.exporters import hf_to_gguf, hf_weights
-from edgekit.exporters.arch.phi3 import attention_factor
+from edgekit.exporters.arch.rope import attention_factor
 from edgekit.formats import gguf
 from edgekit.source import ModelSource, source
 
