@@ -88,6 +88,8 @@ ONNX_TYPES = (
     "weight_only_wi8b32",
     "weight_only_wi4b32",
 )
+# Those that a language model is exported to; its activations stay float32 between the products.
+ONNX_LANGUAGE_TYPES = ("F32", "F16", "weight_only_wi8b32", "weight_only_wi4b32")
 # These need inputs to run the model on while it is quantized; others take them, and do better.
 NEEDS_SAMPLES = ("static_wi8_ai8",)
 TAKES_SAMPLES = (*NEEDS_SAMPLES, "dynamic_wi8_afp32")
@@ -135,6 +137,15 @@ def onnx_preset(bits: int, *, convolutional: bool) -> str:
     """
     eight = "static_wi8_ai8" if convolutional else "dynamic_wi8_afp32"
     presets = {32: "F32", 16: "F16", 8: eight, 4: "weight_only_wi4b32"}
+    if bits not in presets:
+        choices = ", ".join(str(each) for each in sorted(presets))
+        raise RecipeError(f"no ONNX default for {bits} bits", hint=f"choose one of {choices}")
+    return presets[bits]
+
+
+def onnx_language_preset(bits: int) -> str:
+    """The documented default of a language model. Raises RecipeError for other numbers."""
+    presets = {32: "F32", 16: "F16", 8: "weight_only_wi8b32", 4: "weight_only_wi4b32"}
     if bits not in presets:
         choices = ", ".join(str(each) for each in sorted(presets))
         raise RecipeError(f"no ONNX default for {bits} bits", hint=f"choose one of {choices}")

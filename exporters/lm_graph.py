@@ -40,7 +40,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix in blocks of ``size`` of its ``inputs``, as MatMulNBits has it: w = scale (q - zero).
+    """A matrix in blocks of ``size`` inputs each, as MatMulNBits has it: w = scale (q - zero).
 
     ``packed`` uint8 [outputs, blocks, size x bits / 8], ``scales`` float16 or float32 [outputs,
     blocks], ``zeros`` uint8 [outputs, bytes] or None for the middle of the range.

@@ -20,6 +20,25 @@ MATRICES = ("qkv", "output", "gate_up", "down")
 EMBEDDING, HEAD = "embedding", "head"
 
 
+def names(decoder: Decoder) -> list[str]:
+    """Every matrix of a decoder in the order of the graph; a tied head is none."""
+    layers = [f"{i}.{part}" for i in range(decoder.layers) for part in MATRICES]
+    return [EMBEDDING, *layers, *([] if decoder.tied else [HEAD])]
+
+
+def shape(decoder: Decoder, name: str) -> tuple[int, int]:
+    """[outputs, inputs] of a matrix."""
+    if name in (EMBEDDING, HEAD):
+        return decoder.vocab_size, decoder.width
+    attention = decoder.heads * decoder.head_dim
+    return {
+        "qkv": (attention + 2 * decoder.kv_heads * decoder.head_dim, decoder.width),
+        "output": (decoder.width, attention),
+        "gate_up": ((1 + decoder.gated) * decoder.inner, decoder.width),
+        "down": (decoder.width, decoder.inner),
+    }[name.partition(".")[2]]
+
+
 class Weights:
     """Reads one part at a time; nothing is kept."""
 
@@ -31,15 +50,10 @@ class Weights:
         self._found = {name.replace("language_model.", ""): found[name] for name in found}
         self._check()
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the table of embeddings; a folder may hold both all the same."""
-        return self.decoder.tied
-
     def matrix(self, name: str) -> Array:
         """[outputs, inputs] of "embedding", "head" or "LAYER.PART"."""
         if name in (EMBEDDING, HEAD):
-            tied = name == EMBEDDING or self.tied
+            tied = name == EMBEDDING or self.decoder.tied
             stored = self.decoder.embedding_name if tied else self.decoder.head_name
             return self._read(f"{stored}.weight")
         layer, _, part = name.partition(".")
@@ -49,7 +63,7 @@ class Weights:
         """[outputs] of the matrix ``name``, None where it has none."""
         if name == HEAD:
             stored = f"{self.decoder.head_name}.bias"
-            return self._read(stored) if stored in self._found and not self.tied else None
+            return self._read(stored) if stored in self._found and not self.decoder.tied else None
         layer, _, part = name.partition(".")
         if f"{self.decoder.names(int(layer), part)[0]}.bias" not in self._found:
             return None
@@ -85,9 +99,7 @@ class Weights:
             return rows
         still = np.arange(2 * turning, decoder.head_dim)
         first, second = np.split(still, 2)
-        order = np.concatenate(
-            [np.arange(turning), first, np.arange(turning, 2 * turning), second]
-        )
+        order = np.concatenate([np.arange(turning), first, np.arange(turning, 2 * turning), second])
         count = decoder.heads + decoder.kv_heads
         turned = count * decoder.head_dim
         heads = rows[:turned].reshape(count, decoder.head_dim, *rows.shape[1:])[:, order]
@@ -100,23 +112,9 @@ class Weights:
         (bits,) = hf_weights.blocks(weight, 0)
         return hf_weights.to_float32(bits, weight.dtype).copy()
 
-    def shape(self, name: str) -> tuple[int, int]:
-        """[outputs, inputs] of a matrix."""
-        decoder = self.decoder
-        if name in (EMBEDDING, HEAD):
-            return decoder.vocab_size, decoder.width
-        attention = decoder.heads * decoder.head_dim
-        return {
-            "qkv": (attention + 2 * decoder.kv_heads * decoder.head_dim, decoder.width),
-            "output": (decoder.width, attention),
-            "gate_up": ((1 + decoder.gated) * decoder.inner, decoder.width),
-            "down": (decoder.width, decoder.inner),
-        }[name.partition(".")[2]]
-
     def names(self) -> list[str]:
-        """Every matrix in the order of the graph."""
-        layers = [f"{i}.{part}" for i in range(self.decoder.layers) for part in MATRICES]
-        return [EMBEDDING, *layers, *([] if self.tied else [HEAD])]
+        """Every matrix that is stored, in the order of the graph."""
+        return names(self.decoder)
 
     def _check(self) -> None:
         for name in self.names():
@@ -132,8 +130,10 @@ class Weights:
                     raise SourceError(f"the weights are incomplete: there is no '{each}.weight'")
                 shapes.append(weight.shape)
             rows = sum(shape[0] for shape in shapes)
-            wanted = self.shape(name)
+            wanted = shape(self.decoder, name)
             if any(len(shape) != 2 or shape[1] != wanted[1] for shape in shapes):
-                raise SourceError(f"'{stored[0]}.weight' is {list(shapes[0])}, not [n, {wanted[1]}]")
+                raise SourceError(
+                    f"'{stored[0]}.weight' is {list(shapes[0])}, not [n, {wanted[1]}]"
+                )
             if rows != wanted[0]:
                 raise SourceError(f"'{stored[0]}' and its kin have {rows} rows, not {wanted[0]}")

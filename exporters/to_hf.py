@@ -62,6 +62,13 @@ def write(found: ModelSource, out: Path, dtype: str | None, *, progress: Progres
             _write_weights(folder / WEIGHTS, file, tensors, kind, progress)
 
 
+def config(found: ModelSource) -> dict[str, Any]:
+    """The config.json that ``write`` would write, less what the tokenizer adds to it."""
+    header = gguf.read(found.path)
+    with found.path.open("rb") as file:
+        return layout(header, lambda name: _whole(file, header.tensor(name))).config()
+
+
 def _provenance(found: ModelSource, stored: str, kind: str, progress: Progress) -> dict[str, Any]:
     total, done = found.size_bytes, 0
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from edgekit.errors import UnsupportedModelError
 from edgekit.exporters.arch.gemma3 import layer_types, query_scale
-from edgekit.exporters.arch.rope import attention_factor
-from edgekit.exporters.arch.rope import Rope
+from edgekit.exporters.arch.rope import Rope, attention_factor
 from edgekit.exporters.to_hf_layout import Array, Destination, Layout, ReadTensor
 from edgekit.formats.foreign import shown
 from edgekit.formats.gguf import GgufHeader

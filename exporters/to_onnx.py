@@ -19,6 +19,7 @@ from edgekit import quant, sample_inputs
 from edgekit.errors import RecipeError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
 from edgekit.exporters import onnx_graph, onnx_quantizer, passes, torch_model, torch_to_onnx
+from edgekit.exporters.to_onnx_lm import OnnxLanguageExporter, takes
 from edgekit.formats import onnx, safetensors
 from edgekit.preprocess import FILE as PREPROCESS_FILE
 from edgekit.preprocess import Preprocessing
@@ -51,9 +52,13 @@ class OnnxExporter:
         self._data: Path | None = None
         self._traced: torch_model.TracedModel | None = None
         self._own: TorchModule | None = None
+        self._language: OnnxLanguageExporter | None = None
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a precision; calibration data to its hash."""
+        if takes(source):
+            self._language = OnnxLanguageExporter()
+            return self._language.recipe(source, options)
         if options.bits is not None and options.type is not None:
             raise RecipeError(
                 "give --bits or --type, not both", hint="--bits stands for one default type"
@@ -98,6 +103,8 @@ class OnnxExporter:
         """Sizes from headers and shapes; matrices are counted as quantized, whatever stays float
         in the end.
         """
+        if self._language:
+            return self._language.plan(source, recipe)
         tensors = tuple(_planned(self._with_module(source), recipe))
         size_bytes = sum(tensor.size_bytes for tensor in tensors)
         elements = sum(math.prod(tensor.shape) for tensor in tensors)
@@ -119,6 +126,8 @@ class OnnxExporter:
         progress: Progress,
     ) -> Product:
         """Trace, fuse and quantize into ``folder``."""
+        if self._language:
+            return self._language.run(source, hashes, plan, folder, progress)
         recipe = plan.recipe
         model = folder / MODEL_FILE
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name:
@@ -147,6 +156,8 @@ class OnnxExporter:
         self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
     ) -> Path:
         """The graph as it was traced: float32, neither fused nor quantized."""
+        if self._language:
+            return self._language.reference(source, recipe, path, progress)
         if source.kind == "onnx":
             return source.path
         return self._plain(source, path, progress)[0]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from edgekit.errors import UsageError
-from edgekit.runtimes.llama_engine import Engine, Logits
+from edgekit.runtimes.token_engine import Logits, TokenEngine
 
 
 class _OrNothing:
@@ -41,7 +41,7 @@ class ContextWindow:
     the first ``keep`` are no longer in the cache, and the others have moved down.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TokenEngine) -> None:
         self._engine = engine
         self.tokens: list[int] = []
         self.keep = 0

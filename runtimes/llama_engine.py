@@ -23,8 +23,7 @@ from edgekit.formats.ggml_types import TYPES
 from edgekit.formats.gguf import GgufHeader
 from edgekit.runtime import DEFAULT_N_CTX, KV_TYPES, LoadParams
 from edgekit.runtimes.gpu_layers import layers_that_fit
-
-Logits = np.ndarray[Any, np.dtype[np.float32]]
+from edgekit.runtimes.token_engine import Logits
 
 _TYPE_NUMBERS = {kind.name.lower(): number for number, kind in TYPES.items()}
 _FLOATS = ("f32", "f16", "bf16")

@@ -17,7 +17,8 @@ from edgekit.formats import gguf
 from edgekit.runtime import LoadParams
 from edgekit.runtimes import threads as thread_counts
 from edgekit.runtimes.context_window import common_length
-from edgekit.runtimes.llama_engine import Engine, Logits, check_params
+from edgekit.runtimes.llama_engine import Engine, check_params
+from edgekit.runtimes.token_engine import Logits
 from edgekit.scorer import BLOCK_TOKENS
 
 

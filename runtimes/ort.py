@@ -19,11 +19,12 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime
 
-from edgekit import _fs, image_input, machine, preprocess, text_input
+from edgekit import _fs, image_input, language_model, machine, preprocess, text_input
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats import onnx
 from edgekit.runtime import LoadParams, TensorSpec
-from edgekit.runtimes import cache_file, first_load, pooling
+from edgekit.runtimes import cache_file, first_load, ort_lm, pooling
+from edgekit.runtimes.text_session import TextSession
 
 # What the engine calls its types -> numpy's words.
 _DTYPES = {
@@ -43,13 +44,16 @@ _FREE_SIZE = 16  # of a free axis while threads are measured
 class OrtRuntime:
     """The engine for ONNX files."""
 
-    def load(self, path: Path, params: LoadParams) -> OrtSession:
+    def load(self, path: Path, params: LoadParams) -> OrtSession | TextSession:
         """Load an ONNX file, the first time in a child process (``first_load``) before this one.
+        A language model becomes a Session, any other model a TensorSession.
 
         Raises SourceError, CorruptArtifactError, UnsafePathError or VersionError for a bad file,
         EngineCrashedError or DeadlineError for one that kills or hangs the engine, LoadError for
         one that it refuses, UsageError for parameters of language models.
         """
+        if language_model.is_one(path):
+            return ort_lm.load(path, params)
         _check_params(params)
         header = onnx.read(path)
         beside = sorted({tensor.external for tensor in header.initializers if tensor.external})

@@ -20,7 +20,7 @@ from edgekit import _fs, llama_library
 from edgekit.errors import UsageError
 from edgekit.runtime import LoadParams
 from edgekit.runtimes import cache_file
-from edgekit.runtimes.llama_engine import Logits
+from edgekit.runtimes.token_engine import Logits
 
 _MAGIC = b"edgekit prompt 1"
 _HEAD = struct.Struct("<16s32s32sII")  # magic, keyed hash, identity, tokens, logits

@@ -15,8 +15,10 @@ import numpy as np
 from edgekit import llama_library
 from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
+from edgekit.runtimes.array_sampling import report
 from edgekit.runtimes.json_schema import to_gbnf
-from edgekit.runtimes.llama_engine import Engine, Logits
+from edgekit.runtimes.llama_engine import Engine
+from edgekit.runtimes.token_engine import Logits
 
 MAX_GRAMMAR_CHARACTERS = 1 << 16
 MAX_GRAMMAR_DEPTH = 200
@@ -96,7 +98,8 @@ class Sampler:
         if self._chain:
             self._llama.llama_sampler_accept(self._chain, token)
         if self._logprobs:
-            self.logprobs.append(self._report(logits, token))
+            text_of = self._engine.token_text
+            self.logprobs.append(report(logits, token, self._logprobs, text_of))
         return token
 
     def _choose(self, logits: Logits) -> int:
@@ -141,19 +144,6 @@ class Sampler:
         llama = self._llama
         data = candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
         return llama.llama_token_data_array(data, len(candidates), -1, False)
-
-    def _report(self, logits: Logits, token: int) -> TokenLogprob:
-        """Natural-log probabilities before penalties, temperature and cuts."""
-        highest = float(logits.max())
-        norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float64).sum()))
-        best = np.argpartition(logits, -self._logprobs)[-self._logprobs :]
-        best = best[np.argsort(-logits[best], kind="stable")]
-
-        def text(token: int) -> str:
-            return self._engine.token_text(token)
-
-        top = tuple((text(int(i)), float(logits[i]) - norm) for i in best)
-        return TokenLogprob(text(token), float(logits[token]) - norm, top)
 
     def close(self) -> None:
         for sampler in (self._chain, self._grammar):

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgekit.runtime import Generation
 from edgekit.runtimes.context_window import ContextWindow
-from edgekit.runtimes.llama_engine import Engine, Logits
+from edgekit.runtimes.token_engine import Logits, TokenEngine
 
 _WORDS = 3  # so many tokens must repeat before what followed them is drafted
 _MAX_DRAFT = 10
@@ -33,7 +33,7 @@ _SAFETY = 8.0
 class Speculator:
     """One greedy generation's drafts. ``window`` already holds the prompt."""
 
-    def __init__(self, engine: Engine, window: ContextWindow, done: Generation) -> None:
+    def __init__(self, engine: TokenEngine, window: ContextWindow, done: Generation) -> None:
         self._engine = engine
         self._window = window
         self._done = done

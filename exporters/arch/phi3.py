@@ -88,7 +88,9 @@ class Phi3(Family):
         return replace(
             whole,
             context_length=length,
-            windows=() if window is None else (self.config.integer("sliding_window"),) * self.layers,
+            windows=()
+            if window is None
+            else (self.config.integer("sliding_window"),) * self.layers,
             parts=SEPARATE | {"qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)},
         )
 

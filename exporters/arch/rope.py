@@ -108,9 +108,7 @@ class Rope:
                 divisors.append(np.float32(1) / blend)
         return np.array(divisors, dtype=np.float32)
 
-    def rotation(
-        self, head_dim: int, context_length: int = 0, trained_length: int = 0
-    ) -> Rotation:
+    def rotation(self, head_dim: int, context_length: int = 0, trained_length: int = 0) -> Rotation:
         """Frequencies for heads of ``head_dim`` values, as transformers' modeling_rope_utils.py.
 
         longrope turns by its short factors: the model is to be run within ``trained_length``.

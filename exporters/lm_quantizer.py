@@ -1,0 +1,111 @@
+"""Which type each matrix of a language model gets, and the matrices in these types.
+
+Knows types and names; how blocks are searched (``lm_blocks``) and what calibration adds
+(``lm_calibrated``) its neighbours know.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import quant
+from edgekit.errors import ExportError, RecipeError
+from edgekit.exporter import ExportOptions, Progress
+from edgekit.exporters import imatrix, lm_blocks
+from edgekit.exporters.arch.decoder import Decoder
+from edgekit.exporters.lm_graph import Blocks, Matrices, Plain
+from edgekit.exporters.lm_weights import EMBEDDING, HEAD, Weights, names
+from edgekit.recipe import Calibration, Recipe
+from edgekit.source import ModelSource
+
+_FOUR, _EIGHT = "weight_only_wi4b32", "weight_only_wi8b32"
+_BITS = {_FOUR: 4, _EIGHT: 8}
+
+
+@dataclass(frozen=True)
+class Made:
+    """The matrices by name, and what a manifest says of how they were made."""
+
+    matrices: Matrices
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def calibration(kind: str, options: ExportOptions) -> tuple[Calibration | None, bytes]:
+    """The text that 4-bit matrices are fitted on, and its bytes. Raises RecipeError."""
+    choice = options.calibration
+    if kind != _FOUR:
+        if choice not in (None, "none") or options.chunks is not None:
+            raise RecipeError(f"{kind} looks at no text: a calibration has no use")
+        return None, b""
+    if choice == "none":
+        if options.chunks is not None:
+            raise RecipeError("without a calibration there are no chunks to count")
+        return None, b""
+    return imatrix.calibration(choice or imatrix.BUILTIN, options.chunks)
+
+
+def types(decoder: Decoder, recipe: Recipe) -> dict[str, str]:
+    """Name -> type of every matrix. Raises RecipeError for an override that matches nothing."""
+    found = {name: _default(decoder, recipe.type, name) for name in names(decoder)}
+    for pattern, kind in reversed(recipe.overrides):
+        wanted = quant.onnx_type(kind)
+        if wanted not in quant.ONNX_LANGUAGE_TYPES:
+            raise RecipeError(f"a matrix of a language model cannot be {wanted}")
+        matching = [name for name in found if re.search(pattern, name)]
+        if not matching:
+            raise RecipeError(
+                f"pattern {pattern!r} matches no matrix",
+                hint="edgekit export --dry-run lists them",
+            )
+        if EMBEDDING in matching and wanted == _FOUR:
+            raise RecipeError("the table of embeddings takes 8 bits or floats, not 4 bits")
+        found |= dict.fromkeys(matching, wanted)
+    if decoder.width % lm_blocks.BLOCK and found[EMBEDDING] in _BITS:
+        found[EMBEDDING] = "F16"
+    return found
+
+
+def _default(decoder: Decoder, kind: str, name: str) -> str:
+    """The ends of a model are worth 8 bits: every error there reaches every answer."""
+    return _EIGHT if kind == _FOUR and name in (EMBEDDING, HEAD) else kind
+
+
+def size_bytes(kind: str, rows: int, columns: int) -> int:
+    """Bytes of a matrix, with its scales and zero points."""
+    if kind not in _BITS:
+        return rows * columns * (2 if kind == "F16" else 4)
+    blocks = -(-columns // lm_blocks.BLOCK)
+    values = blocks * (lm_blocks.BLOCK * _BITS[kind] // 8 + 2)
+    return rows * (values + (-(-blocks // 2) if kind == _FOUR else 0))
+
+
+def quantize(
+    weights: Weights,
+    recipe: Recipe,
+    text: bytes,
+    source: ModelSource,
+    folder: Path,
+    progress: Progress,
+) -> Made:
+    """Every matrix in the type that the recipe gives it. ``folder`` is for scratch files."""
+    kinds = types(weights.decoder, recipe)
+    counts = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
+    return Made(lambda name: convert(weights.matrix(name), kinds[name], name), {"types": counts})
+
+
+def convert(values: lm_blocks.Array, kind: str, name: str) -> Plain | Blocks:
+    """A matrix in a type, by rounding alone. Raises ExportError where float16 cannot hold it."""
+    if kind in _BITS:
+        return lm_blocks.quantize(values, _BITS[kind])
+    if kind == "F16":
+        if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+            raise ExportError(
+                f"'{name}' holds values beyond the range of F16 (65504)", hint="choose F32"
+            )
+        return Plain(values.astype(np.float16))
+    return Plain(values)

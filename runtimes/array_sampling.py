@@ -1,0 +1,104 @@
+"""Chooses the next token from logits with numpy alone: greedy, or sampled within cuts.
+
+Must never know the text or an engine: it sees logits and gives token ids. The cuts come in
+llama.cpp's order: penalty, top-k, top-p, min-p, temperature.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edgekit.errors import UsageError
+from edgekit.runtime import GenerateParams, TokenLogprob
+from edgekit.runtimes.token_engine import Logits
+
+
+class ArraySampler:
+    """One generation's way of choosing. ``text_of`` writes a token, for the log probabilities."""
+
+    def __init__(
+        self, params: GenerateParams, prompt: Sequence[int], text_of: Callable[[int], str]
+    ) -> None:
+        """Raises UsageError for a grammar: nobody here can follow one."""
+        if params.grammar is not None or params.json_schema is not None:
+            raise UsageError(
+                "this runtime follows no grammar and no JSON schema", hint="export to GGUF for them"
+            )
+        self._params, self._text_of = params, text_of
+        penalised = params.repeat_penalty != 1.0 and params.repeat_last_n > 0
+        self._newest: deque[int] | None = None
+        if penalised:
+            self._newest = deque(prompt, maxlen=params.repeat_last_n)
+        self._random = np.random.default_rng(params.seed)
+        self.logprobs: list[TokenLogprob] = []
+        self._plain = params.temperature == 0 and not penalised
+        self.free = self._plain and not params.logprobs
+
+    def next(self, logits: Logits) -> int:
+        """The token that ``logits`` (shape [n_vocab]) lead to."""
+        token = int(logits.argmax()) if self._plain else self._choose(logits)
+        if self._newest is not None:
+            self._newest.append(token)
+        if self._params.logprobs:
+            self.logprobs.append(report(logits, token, self._params.logprobs, self._text_of))
+        return token
+
+    def _choose(self, logits: Logits) -> int:
+        params = self._params
+        if self._newest is not None:
+            logits = logits.copy()
+            seen = np.unique(np.fromiter(self._newest, np.int64))
+            values, penalty = logits[seen], np.float32(params.repeat_penalty)
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        candidates = _best(logits, params.top_k or len(logits))
+        values = logits[candidates].astype(np.float64)
+        if params.top_p < 1:
+            shares = _softmax(values)
+            # The first that makes the sum reach top_p still counts.
+            kept = int(np.searchsorted(np.cumsum(shares), params.top_p)) + 1
+            candidates, values = candidates[:kept], values[:kept]
+        if params.min_p > 0:
+            kept = int((values >= values[0] + np.log(params.min_p)).sum())
+            candidates, values = candidates[:kept], values[:kept]
+        shares = _softmax(values / params.temperature)
+        place = np.searchsorted(np.cumsum(shares), self._random.random())
+        return int(candidates[min(int(place), len(candidates) - 1)])
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _best(logits: Logits, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The ``count`` likeliest tokens, best first; equal ones in the order of their ids."""
+    if count < len(logits):
+        chosen = np.sort(np.argpartition(-logits, count - 1)[:count])
+    else:
+        chosen = np.arange(len(logits))
+    order: np.ndarray[tuple[int], np.dtype[np.int64]] = chosen[
+        np.argsort(-logits[chosen], kind="stable")
+    ]
+    return order
+
+
+def _softmax(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    shares: np.ndarray[tuple[int], np.dtype[np.float64]] = np.exp(values - values.max())
+    return shares / shares.sum()
+
+
+def report(logits: Logits, token: int, count: int, text_of: Callable[[int], str]) -> TokenLogprob:
+    """Natural-log probabilities of ``token`` and of the ``count`` best, before penalties,
+    temperature and cuts.
+    """
+    highest = float(logits.max())
+    norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float64).sum()))
+    best = np.argpartition(logits, -count)[-count:]
+    best = best[np.argsort(-logits[best], kind="stable")]
+    top = tuple((text_of(int(i)), float(logits[i]) - norm) for i in best)
+    return TokenLogprob(text_of(token), float(logits[token]) - norm, top)
