@@ -21,8 +21,6 @@ from edgekit import _proc
 from edgekit.board_agent import HELLO
 from edgekit.errors import ConnectError, DeviceError, RemoteCommandError, TransferError
 
-# From the call to the first word: two seconds on a small board, more if it is busy.
-_HELLO_S = 25.0
 # The agent says every two seconds that it lives.
 _SILENCE_S = 18.0
 _PING_S = 5.0
@@ -44,10 +42,11 @@ Say = Callable[[int | None, str], DeviceError]
 class Link:
     """A running agent. One thread asks; nothing here blocks for longer than the silence allowed."""
 
-    def __init__(self, name: str, process: _proc.Process, say: Say) -> None:
+    def __init__(self, name: str, process: _proc.Process, say: Say, hello_s: float) -> None:
         """Send the agent through ``process``, which runs Python, and wait for its first word.
 
-        Raises ConnectError, or what ``say`` makes of the way the process ends.
+        That has ``hello_s`` seconds. Raises ConnectError, or what ``say`` makes of the way the
+        process ends.
         """
         assert process.stdin and process.stdout and process.stderr
         self.name = name
@@ -72,19 +71,24 @@ class Link:
         try:
             source = resources.files("edgekit").joinpath("board_agent.py").read_bytes()
             self._write(b"%d\n" % len(source) + source)
-            self._await_hello()
+            self._await_hello(hello_s)
         except BaseException:
             self.close()
             raise
 
-    def _await_hello(self) -> None:
-        deadline = time.monotonic() + _HELLO_S
+    @property
+    def heard_s(self) -> float:
+        """When the device was last heard, in the seconds of ``time.monotonic``."""
+        return self._ear.heard_s
+
+    def _await_hello(self, hello_s: float) -> None:
+        deadline = time.monotonic() + hello_s
         while not self._ready.wait(0.05):
             if not self._threads[0].is_alive():
                 raise self._lost()
             if time.monotonic() > deadline:
                 raise ConnectError(
-                    f"{self.name} gave no answer within {_HELLO_S:g} s",
+                    f"{self.name} gave no answer within {hello_s:.0f} s",
                     hint="is it the right host, and is the board busy?",
                 )
 

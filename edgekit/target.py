@@ -7,6 +7,7 @@ constants, a checked host and a checked user; all else travels as JSON on stdin.
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from edgekit import __version__, _proc, device_config, machine, upload
-from edgekit.board_link import Link, Say, printable
+from edgekit.board_link import Link, printable
 from edgekit.device_config import LOCAL, Address, Device
 from edgekit.errors import ConnectError, DeviceError, HostKeyError, RemoteCommandError, UsageError
 from edgekit.exporter import Progress, no_progress
@@ -42,6 +43,15 @@ _OPTIONS = (
 )
 _MAX_OUTPUT_BYTES = 64 << 20
 _STOP_S = 10.0
+# From the call to the first word: two seconds on a small board, more if it is busy.
+_HELLO_S = 25.0
+# An upload whose line breaks takes it up again, at once and then ever more patiently, for so long
+# after the device was heard last. A silent device is given up by its link when 18 s are over.
+_AWAY_S = 28.0
+_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0)
+_CONNECT_S = 5.0  # less time makes no connection
+_IN_VAIN = 2  # lines in a row that broke before a byte went over
+_MOST_LINES = 100
 _NO_SSH = "sudo apt install openssh-client, or what your system calls it"
 
 
@@ -82,34 +92,77 @@ class Finished:
 class Target:
     """A device with an open connection. Use it in ``with``; one thread at a time.
 
-    Everything raises ConnectError within 20 s when the device or the way to it dies, and then
-    nothing that was started there lives on.
+    Everything raises ConnectError within 20 s when the device or the way to it dies, ``put`` within
+    30, and then nothing that was started there lives on.
     """
 
-    def __init__(self, name: str, process: _proc.Process, say: Say) -> None:
+    def __init__(self, name: str, connect: Callable[[float], Link]) -> None:
+        """``connect`` makes a link whose other end must speak within so many seconds."""
         self.name = name
-        self._link = Link(name, process, say)
+        self._connect = connect
+        self._link = connect(_HELLO_S)
+        self._sent_bytes = 0  # over links that are dead
+        self._key = secrets.token_hex(16)
+        self._closed = False
 
     @property
     def sent_bytes(self) -> int:
         """Bytes of files that went over by now."""
-        return self._link.file_bytes
+        return self._sent_bytes + self._link.file_bytes
 
     def identify(self) -> BoardFacts:
         """What the board is, what it runs, and how much room it has."""
         return _facts(self.name, self._link.ask({"do": "identify"}))
 
-    def put(self, path: Path, *, kind: str, progress: Progress = no_progress) -> str:
+    def put(
+        self,
+        path: Path,
+        *,
+        kind: str,
+        also: Sequence[str] = (),
+        progress: Progress = no_progress,
+    ) -> str:
         """Bring a file or a folder over, and return the folder there that holds it.
 
+        With a file come those of ``also``, names in its folder.
+
         Its name is the hash of what it holds. What is there already is not sent again, and an
-        interrupted upload goes on where it stopped; the place appears when every byte in it was
-        read back and hashed there. ``kind`` is one of KINDS.
+        interrupted upload goes on where it stopped, by itself if the device is back in time; the
+        place appears when every byte in it was read back and hashed there. ``kind`` is one of
+        KINDS.
         Raises UsageError, TransferError, ConnectError.
         """
         if kind not in KINDS:
             raise UsageError(f"there is no kind {kind!a}", hint=f"known: {', '.join(KINDS)}")
-        return upload.put(self._link, path, kind, progress)
+        files = upload.listing(path, also, progress)
+        in_vain = 0
+        for _ in range(_MOST_LINES):
+            sent_before = self.sent_bytes
+            try:
+                return upload.put(self._link, files, kind, self._key, progress)
+            except ConnectError as error:
+                lost = error
+            in_vain = in_vain + 1 if self.sent_bytes == sent_before else 0
+            if self._closed or in_vain > _IN_VAIN:
+                break
+            self._reconnect(lost)
+        raise lost
+
+    def _reconnect(self, lost: ConnectError) -> None:
+        """A new link in the place of a dead one; ``lost`` again if the device stays away."""
+        for pause_s in _PAUSES_S:
+            left_s = self._link.heard_s + _AWAY_S - time.monotonic() - pause_s
+            if left_s < _CONNECT_S or self._closed:
+                break
+            time.sleep(pause_s)
+            try:
+                fresh = self._connect(left_s)
+            except ConnectError:
+                continue
+            self._sent_bytes += self._link.file_bytes
+            self._link = fresh
+            return
+        raise lost
 
     def run(
         self,
@@ -172,6 +225,7 @@ class Target:
 
     def close(self) -> None:
         """End the connection, and with it all that runs there; twice is fine."""
+        self._closed = True
         self._link.close()
 
     def __enter__(self) -> Self:
@@ -186,7 +240,7 @@ class Local(Target):
 
     def __init__(self) -> None:
         argv = (sys.executable, "-I", "-u", "-c", _LOCAL_CODE)
-        super().__init__(LOCAL, _proc.start(argv), _local_failure)
+        super().__init__(LOCAL, lambda s: Link(LOCAL, _proc.start(argv), _local_failure, s))
 
     def identify(self) -> BoardFacts:
         """As for a board; the edgekit here is the one that asks."""
@@ -197,13 +251,17 @@ class Ssh(Target):
     """A board behind ssh. Raises ConnectError, HostKeyError, RemoteCommandError (no Python)."""
 
     def __init__(self, device: Device) -> None:
-        assert device.address is not None
-        try:
-            # In English, for `failure` reads what ssh says.
-            process = _proc.start(ssh_argv(device.address), env={"LC_ALL": "C"})
-        except OSError:
-            raise ConnectError("there is no ssh here", hint=_NO_SSH) from None
-        super().__init__(device.name, process, lambda code, words: failure(device, code, words))
+        super().__init__(device.name, lambda hello_s: _link(device, hello_s))
+
+
+def _link(device: Device, hello_s: float) -> Link:
+    assert device.address is not None
+    try:
+        # In English, for `failure` reads what ssh says.
+        process = _proc.start(ssh_argv(device.address), env={"LC_ALL": "C"})
+    except OSError:
+        raise ConnectError("there is no ssh here", hint=_NO_SSH) from None
+    return Link(device.name, process, lambda code, words: failure(device, code, words), hello_s)
 
 
 def open_target(name: str) -> Target:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,38 +23,21 @@ _WINDOW_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """A file to bring over; ``name`` is its path below the place."""
+
     path: Path
     name: str
     size_bytes: int
     sha256: str
 
 
-def put(link: Link, path: Path, kind: str, progress: Progress) -> str:
-    """Bring ``path`` over; see ``target.Target.put``."""
-    files = _listing(path, progress)
-    listing = [[file.name, file.size_bytes, file.sha256] for file in files]
-    name = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    found = link.ask({"do": "begin", "kind": kind, "name": name, "files": listing})
-    place, wanted = _wanted(link, found, {file.sha256: file for file in files})
-    stage = f"upload to {link.name}"
-    total = sum(file.size_bytes for file, _ in wanted)
-    done = 0
-    for file, offset in wanted:
-        done += offset
-        progress(stage, done, total)
-        for count in _send(link, file, offset):
-            done += count
-            progress(stage, done, total)
-    if not found["there"]:
-        link.ask({"do": "commit"})
-    progress(stage, max(1, total), max(1, total))
-    return place
+def listing(path: Path, also: Sequence[str], progress: Progress) -> list[File]:
+    """A file and those of ``also`` beside it, or every one of a folder, by name, with its hash.
 
-
-def _listing(path: Path, progress: Progress) -> list[_File]:
-    """Every file, by name, with its hash. Raises UsageError for links and for empty folders."""
-    paths = {path.name: path}
+    Raises UsageError for links and for empty folders.
+    """
+    paths = {name: path.parent / name for name in (path.name, *also)}
     if not path.is_file():
         below = [p for p in sorted(path.rglob("*")) if p.is_symlink() or not p.is_dir()]
         paths = {found.relative_to(path).as_posix(): found for found in below}
@@ -71,12 +54,36 @@ def _listing(path: Path, progress: Progress) -> list[_File]:
         progress("hash", done, max(1, total))
 
     return [
-        _File(found, name, found.stat().st_size, _fs.sha256_file(found, on_bytes))
+        File(found, name, found.stat().st_size, _fs.sha256_file(found, on_bytes))
         for name, found in paths.items()
     ]
 
 
-def _wanted(link: Link, found: Any, files: dict[str, _File]) -> tuple[str, list[tuple[_File, int]]]:
+def put(link: Link, files: Sequence[File], kind: str, key: str, progress: Progress) -> str:
+    """Bring ``files`` over; see ``target.Target.put``.
+
+    ``key`` tells the board who asks: what an earlier connection of theirs holds there is let go.
+    """
+    rows = [[file.name, file.size_bytes, file.sha256] for file in files]
+    name = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    found = link.ask({"do": "begin", "kind": kind, "name": name, "files": rows, "key": key})
+    place, wanted = _wanted(link, found, {file.sha256: file for file in files})
+    stage = f"upload to {link.name}"
+    total = sum(file.size_bytes for file, _ in wanted)
+    done = 0
+    for file, offset in wanted:
+        done += offset
+        progress(stage, done, total)
+        for count in _send(link, file, offset):
+            done += count
+            progress(stage, done, total)
+    if not found["there"]:
+        link.ask({"do": "commit"})
+    progress(stage, max(1, total), max(1, total))
+    return place
+
+
+def _wanted(link: Link, found: Any, files: dict[str, File]) -> tuple[str, list[tuple[File, int]]]:
     """The place, and what the board lacks: files, and where to go on with each."""
     try:
         place, wanted = found["place"], []
@@ -103,7 +110,7 @@ def _prefix_sha256(path: Path, size_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _send(link: Link, file: _File, offset: int) -> Iterator[int]:
+def _send(link: Link, file: File, offset: int) -> Iterator[int]:
     """Send a file from ``offset`` on; yields the counts of bytes that arrived."""
     link.ask({"do": "file", "sha256": file.sha256, "offset": offset})
     flying = 0

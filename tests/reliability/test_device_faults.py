@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import sshd
 
-from edgekit import board_link
-from edgekit.errors import ConnectError, TransferError
+from edgekit import board_link, target
+from edgekit.errors import ConnectError, HostKeyError, TransferError
 from edgekit.target import open_target
 
 _SLEEP = "import time; print('on', flush=True); time.sleep(600)"
@@ -28,24 +28,37 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sshd.Boar
         yield made
 
 
-def _resumes(board: sshd.Board, file: Path, part: float) -> None:
-    """Cut the connection when this part is over; the second attempt must be whole, and cheap."""
+def _upload(board: sshd.Board, file: Path, part: float, *, stays_away: bool = False) -> None:
+    """Cut the line when this part is over. What arrives must be whole, and cheap.
+
+    A board that answers again is taken up again by the same call; of one that stays away the next
+    call is told.
+    """
     cut = False
 
     def progress(stage: str, done: int, total: int) -> None:
         nonlocal cut
         if stage.startswith("upload") and not cut and done >= part * total:
             cut = True
+            if stays_away:
+                board.configure(port=1)
             board.cut()
 
+    sent = 0
     with open_target("board") as there:
-        with pytest.raises(ConnectError):
-            there.put(file, kind="artifacts", progress=progress)
-        sent = there.sent_bytes
-    assert sshd.eventually(lambda: not board.connections())
-    with open_target("board") as there:
-        place = there.put(file, kind="artifacts")
-        sent += there.sent_bytes
+        if stays_away:
+            with pytest.raises(ConnectError):
+                there.put(file, kind="artifacts", progress=progress)
+            board.configure()
+            sent = there.sent_bytes
+        else:
+            place = there.put(file, kind="artifacts", progress=progress)
+    if stays_away:
+        assert sshd.eventually(lambda: not board.connections())
+        with open_target("board") as there:
+            place = there.put(file, kind="artifacts")
+    assert cut
+    sent += there.sent_bytes
     arrived = hashlib.sha256(Path(place, file.name).read_bytes()).digest()
     assert arrived == hashlib.sha256(file.read_bytes()).digest()
     # What was on its way when the line was cut travels twice: at most 1 MiB.
@@ -59,17 +72,72 @@ def _file(folder: Path, size_bytes: int) -> Path:
 
 
 @pytest.mark.parametrize("part", [0.1, 0.6, 0.97])
-def test_an_upload_that_was_cut_goes_on(board: sshd.Board, tmp_path: Path, part: float) -> None:
-    _resumes(board, _file(tmp_path, 24 << 20), part)
+def test_an_upload_that_was_cut_goes_on_by_itself(
+    board: sshd.Board, tmp_path: Path, part: float
+) -> None:
+    _upload(board, _file(tmp_path, 24 << 20), part)
+
+
+def test_an_upload_to_a_board_that_stays_away_fails_in_time_and_goes_on_later(
+    board: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_PAUSES_S", (0.0, 0.2))
+    began = time.monotonic()
+    _upload(board, _file(tmp_path, 24 << 20), 0.5, stays_away=True)
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.slow
-def test_an_upload_survives_cuts_at_fifty_places(board: sshd.Board, tmp_path: Path) -> None:
+def test_a_board_that_stays_away_is_given_up_within_thirty_seconds(
+    board: sshd.Board, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    _upload(board, _file(tmp_path, 24 << 20), 0.5, stays_away=True)
+    assert 5 < time.monotonic() - began < 30
+
+
+def test_a_frozen_line_is_replaced_and_its_agent_gives_way(
+    board: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent there does not know that nobody listens, and holds the lock on what arrived."""
+    monkeypatch.setattr(board_link, "_SILENCE_S", 2.5)
+    file, frozen = _file(tmp_path, 24 << 20), False
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal frozen
+        if stage.startswith("upload") and not frozen and done > total // 2:
+            frozen = True
+            board.signal(signal.SIGSTOP)
+
+    with open_target("board") as there:
+        place = there.put(file, kind="artifacts", progress=progress)
+        assert frozen and there.sent_bytes <= 1.05 * file.stat().st_size
+    assert Path(place, file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_stranger_who_answers_in_its_place_is_sent_nothing_more(
+    board: sshd.Board, tmp_path: Path
+) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage.startswith("upload") and done > total // 2:
+            board.know("other_host")
+            board.cut()
+
+    with open_target("board") as there, pytest.raises(HostKeyError):
+        there.put(_file(tmp_path, 8 << 20), kind="artifacts", progress=progress)
+
+
+@pytest.mark.slow
+def test_an_upload_survives_cuts_at_fifty_places(
+    board: sshd.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the boards come back at once, half of them only to the next call."""
+    monkeypatch.setattr(target, "_PAUSES_S", (0.0, 0.2))
     dice = random.Random(4)
     file = _file(tmp_path, 24 << 20)
-    for _ in range(50):
+    for turn in range(50):
         file.write_bytes(os.urandom(24 << 20))
-        _resumes(board, file, dice.random() * 0.98)
+        _upload(board, file, dice.random() * 0.98, stays_away=turn % 2 == 1)
         with open_target("board") as there:
             there.remove(str(board.home / "artifacts"))
 

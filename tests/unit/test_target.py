@@ -250,8 +250,13 @@ _GREETING = f"import sys; out = sys.stdout.buffer; out.write({HELLO!r}); out.flu
 
 
 def _stranger(code: str) -> Target:
-    process = _proc.start([sys.executable, "-c", code])
-    return Target("board", process, lambda code, words: ConnectError(f"it ended: {words}"))
+    def connect(hello_s: float) -> board_link.Link:
+        process = _proc.start([sys.executable, "-c", code])
+        return board_link.Link(
+            "board", process, lambda code, words: ConnectError(f"it ended: {words}"), hello_s
+        )
+
+    return Target("board", connect)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +306,7 @@ def test_a_board_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_board_that_never_speaks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board_link, "_HELLO_S", 0.5)
+    monkeypatch.setattr(target, "_HELLO_S", 0.5)
     monkeypatch.setattr(board_link, "_CLOSE_S", 0.5)
     with pytest.raises(ConnectError, match="no answer"):
         _stranger("import time; time.sleep(60)")
