@@ -21,7 +21,7 @@ from typing import Any
 
 from edgekit import wheelhouse
 from edgekit.board_link import printable
-from edgekit.errors import DISTRIBUTION, DeviceError, RemoteCommandError
+from edgekit.errors import DeviceError, RemoteCommandError
 from edgekit.exporter import Progress, no_progress
 from edgekit.target import BoardFacts, Finished, Target
 from edgekit.wheelhouse import Wheel, Wheelhouse
@@ -188,11 +188,12 @@ def _install(target: Target, fresh: str, place: str, wheels: tuple[Wheel, ...]) 
     """
     argv = ["python3", "-I", "-m", "venv", "--clear", "--without-pip", fresh]
     _ran(target, argv, "making an environment")
-    pip = next(wheel for wheel in wheels if wheel.name == "pip")
+    pip = next(wheel for wheel in wheels if wheel.name == wheelhouse.PIP)
     argv = [f"{fresh}/bin/python", "-I", f"{place}/{pip.file}/pip", "install", "--no-index"]
-    argv += ["--find-links", place, "--no-cache-dir", "--disable-pip-version-check"]
+    argv += ["--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
     # Python compiles a module when it is first used; pip would compile every file on a slow core.
-    argv += ["--no-compile", "--quiet", f"{DISTRIBUTION}[llama]"]
+    argv += ["--no-compile", "--quiet"]
+    argv += [f"{place}/{wheel.file}" for wheel in wheels if wheel is not pip]
     _ran(target, argv, "pip")
 
 

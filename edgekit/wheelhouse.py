@@ -18,6 +18,8 @@ from edgekit import __version__, _fs, typed_json
 from edgekit.errors import DISTRIBUTION, DeviceError, UsageError
 
 INDEX = "wheelhouse.json"
+PIP = "pip"
+PACKAGES = "packages.txt"
 SCHEMA = 1
 PYTHONS = ("3.11", "3.12", "3.13")
 _MAX_INDEX_BYTES = 1 << 20
@@ -214,13 +216,16 @@ def read(folder: Path) -> Wheelhouse:
 def write(folder: str, architecture: str, glibc: str, pythons: Sequence[str] = PYTHONS) -> None:
     """Make a folder of wheels a wheelhouse: hash them all, and check that every Python is served.
 
-    For scripts/build. Raises DeviceError when a package lacks a wheel for one of ``pythons``.
+    PACKAGES gets the names of what is to be installed, for ``pip install -r``. For scripts/build.
+    Raises DeviceError when a package lacks a wheel for one of ``pythons``.
     """
     place = Path(folder)
     index = _Index(SCHEMA, architecture, glibc, tuple(_wheels(place)))
     house = Wheelhouse(place, architecture, glibc, index.wheels)
     for python in pythons:
         house.chosen(architecture, python, glibc)
+    names = sorted({wheel.name for wheel in index.wheels} - {PIP})
+    _fs.write_atomic(place / PACKAGES, "".join(f"{name}\n" for name in names).encode())
     text = json.dumps(typed_json.write(index), indent=2)
     _fs.write_atomic(place / INDEX, text.encode() + b"\n")
 
