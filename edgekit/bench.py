@@ -81,6 +81,7 @@ def bench_against(
     a: Artifact | str | Path,
     b: Artifact | str | Path,
     *,
+    device: str | None = None,
     progress: Progress = no_progress,
     **sweep: Any,
 ) -> tuple[Comparison, BenchReport | None]:
@@ -88,14 +89,19 @@ def bench_against(
     measured for it, if anything was.
 
     Two models are measured together, in turns. A model is measured with the settings of the report
-    that it stands against, where ``sweep`` names no others.
+    that it stands against, where ``sweep`` names no others. ``device`` measures two models there.
     Raises what ``bench`` raises, and UsageError for what cannot be compared.
     """
     earlier = [_earlier(side) for side in (a, b)]
     names = (str(a), str(b))
     one, other = earlier
+    if device is not None and (one or other):
+        raise UsageError(
+            "--device measures both sides: an earlier report is none that it could measure",
+            hint=f"--device {device} --out new.json, then --compare OLD.json new.json",
+        )
     if one is None and other is None:
-        measured = bench(a, b, probe=False, progress=progress, **sweep)
+        measured = bench(a, b, device=device, probe=False, progress=progress, **sweep)
         return within(measured), measured
     if one is not None and other is not None:
         if sweep:

@@ -6,6 +6,7 @@ Knows the few tasks that may be asked for, by name; never who asks, nor how the 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -90,6 +91,29 @@ def _run(
     return body
 
 
+def _latency(
+    report: Report, models: list[str], names: list[str], judge: bool, sweep: dict[str, Any]
+) -> Any:
+    """A report, as ``LatencyReport.to_dict`` gives it."""
+    from edgekit.latency import latency
+
+    found = latency(*models, names=names, probe_limits=judge, progress=_progress(report), **sweep)
+    return found.to_dict()
+
+
+def _tensors(
+    report: Report, model: str, text: str | None, image: str | None, top: int, threads: int | None
+) -> Any:
+    """Classes with their probabilities, or a vector; of a text, or of an image in base64."""
+    from edgekit.runtime import load
+
+    what = text if image is None else base64.b64decode(image)
+    with load(model, n_threads=threads) as session:
+        if session.task.endswith("classification"):
+            return {"classes": session.classify(what, top=top)}
+        return {"vector": session.embed(what)}
+
+
 def _embed(report: Report, model: str, text: str, pooling: str, fields: dict[str, Any]) -> Any:
     """A vector."""
     from edgekit.runtime import load
@@ -131,7 +155,9 @@ def _probe(report: Report) -> Any:
 
 TASKS: dict[str, Callable[..., Any]] = {
     "bench": _bench,
+    "latency": _latency,
     "run": _run,
+    "tensors": _tensors,
     "embed": _embed,
     "perplexity": _perplexity,
     "compare": _compare,

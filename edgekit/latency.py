@@ -101,19 +101,21 @@ def latency(
     repetitions: int = _REPETITIONS,
     probe_limits: bool = True,
     profile: bool = False,
+    names: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> LatencyReport:
     """Time whole runs of ONNX artifacts or files, on a built-in input of the kind they take.
 
     ``threads`` () takes what ``edgekit.load`` would. ``repetitions`` are turns of a second each, in
     which all settings alternate. ``probe_limits`` adds a verdict from this machine's measured
-    limits; ``profile`` the time by kind of operator.
+    limits; ``profile`` the time by kind of operator. ``names`` call the models something else than
+    their files do.
     Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
     """
     _check(models, threads, batches, repetitions)
     root = machine.root()
     before = telemetry.conditions(root)
-    found = _opened(models, progress)
+    found = _opened(models, names, progress)
     operators: list[OperatorRow] = []
     with ExitStack() as children, telemetry.Recorder(root) as recorder:
         sides = _sides(children, found, threads, batches, progress)
@@ -163,9 +165,13 @@ def _check(
             raise UsageError(f"{name} must lie between 1 and {most}")
 
 
-def _opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list[_Model]:
+def _opened(
+    models: Sequence[Artifact | str | Path], names: Sequence[str], progress: Progress
+) -> list[_Model]:
+    if names and len(names) != len(models):
+        raise UsageError("names must be as many as models")
     found: list[_Model] = []
-    for given in models:
+    for number, given in enumerate(models):
         artifact = None
         if isinstance(given, Artifact) or not Path(given).is_file():
             artifact = given if isinstance(given, Artifact) else Artifact.open(given)
@@ -173,7 +179,8 @@ def _opened(models: Sequence[Artifact | str | Path], progress: Progress) -> list
         path = artifact.model_path if artifact else Path(str(given))
         shown = artifact.path if artifact else path
         header = onnx.read(path)
-        name = unique(shown.resolve().name, [model.facts.name for model in found])
+        called = names[number] if names else shown.resolve().name
+        name = unique(called, [model.facts.name for model in found])
         weights = sum(tensor.size_bytes for tensor in header.initializers)
         flops: float | None = None
         why = ""

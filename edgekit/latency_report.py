@@ -13,6 +13,8 @@ from typing import Any
 
 from edgekit import intervals, typed_json
 from edgekit.errors import UsageError
+from edgekit.formats import json_file
+from edgekit.formats.foreign import Malformed
 from edgekit.intervals import Interval
 from edgekit.report import EngineFacts, MachineFacts, ModelFacts, VerdictRow, busy, percentile
 from edgekit.telemetry import Conditions, Moment
@@ -133,3 +135,24 @@ class LatencyReport:
         """UTF-8 text."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         return (text + "\n").encode("utf-8", "replace")
+
+
+def parse(raw: bytes, *, origin: str) -> LatencyReport:
+    """The report that ``raw`` spells; it may be a stranger's. Raises UsageError for any other."""
+    try:
+        body = json_file.parse(raw)
+    except Malformed as error:
+        raise UsageError(f"{origin} is no report: it {error}") from None
+    if not isinstance(body, dict) or (body.pop("kind", None), body.pop("schema", None)) != (
+        KIND,
+        SCHEMA,
+    ):
+        raise UsageError(f"{origin} is no report of latencies with schema {SCHEMA}")
+    rows = body.get("rows")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict):
+            row.pop("summary", None)
+    try:
+        return typed_json.read(LatencyReport, body, "the report")
+    except typed_json.Mismatch as error:
+        raise UsageError(f"{origin}: {error}") from None

@@ -36,9 +36,10 @@ from edgekit.target import BoardFacts, Local, Target, open_target
 
 # Between two signs of progress; the line itself has its own signs of life.
 _SILENCE_S = 3600
-_EMULATED = "this board is emulated: its times say nothing of a real one"
+EMULATED = "this board is emulated: its times say nothing of a real one"
 _WORDS = 20  # lines of stderr that are kept
 _Figures = TypeVar("_Figures", Perplexity, Divergence)
+_Found = TypeVar("_Found")
 
 
 def bench_on(
@@ -60,7 +61,7 @@ def bench_on(
     facts = target.identify()
     profile = profile_of(target.name, facts.board, facts.memory_bytes)
     arguments = {
-        "models": [_put(target, Path(model), progress) for model in models],
+        "models": [bring(target, Path(model), progress) for model in models],
         "names": [Path(model).resolve().name for model in models],
         "judge": probe,
         "sweep": sweep,
@@ -68,17 +69,17 @@ def bench_on(
     body = call(target, facts, "bench", arguments, progress=progress)
     raw = json.dumps(body).encode("utf-8", "replace")
     found = report.parse(raw, origin=f"what {target.name} sent")
-    remarks = (_EMULATED, *found.remarks) if facts.emulated else found.remarks
+    remarks = (EMULATED, *found.remarks) if facts.emulated else found.remarks
     machine = replace(found.machine, emulated=facts.emulated)
     headers = {
         sent.name: gguf.read(file_of(model))
         for sent, model in zip(found.models, models, strict=False)
     }
-    found = replace(found, device=_called(target, facts), machine=machine, remarks=remarks)
+    found = replace(found, device=called(target, facts), machine=machine, remarks=remarks)
     return predicted(found, headers, profile)
 
 
-def _called(target: Target, facts: BoardFacts) -> str:
+def called(target: Target, facts: BoardFacts) -> str:
     """The user's name for a device; reports travel, and hosts and users are no names to show."""
     if target.name.replace("-", "").replace("_", "").isalnum():
         return target.name
@@ -91,20 +92,35 @@ def bench_devices(
     progress: Callable[[str], Progress],
     **options: Any,
 ) -> dict[str, BenchReport | EdgekitError]:
-    """``bench_on`` for several devices side by side; this machine ("local") when they are done.
+    """``bench_on`` for several devices side by side, as ``on_devices`` does it."""
+    return on_devices(
+        names,
+        lambda target, tell: bench_on(target, *models, progress=tell, **options),
+        lambda tell: bench(*models, progress=tell, **options),
+        progress,
+    )
+
+
+def on_devices(
+    names: Sequence[str],
+    there: Callable[[Target, Progress], _Found],
+    here: Callable[[Progress], _Found],
+    progress: Callable[[str], Progress],
+) -> dict[str, _Found | EdgekitError]:
+    """``there`` on several devices side by side; ``here``, for "local", when they are done.
 
     ``progress`` gives each device its own. A device that fails leaves its error in its place.
     """
     if len(set(names)) < len(names):
         raise UsageError("--device names a device twice")
-    found: dict[str, BenchReport | EdgekitError] = {}
+    found: dict[str, _Found | EdgekitError] = {}
     opened: list[Target] = []
 
     def work(name: str) -> None:
         try:
             with open_target(name) as target:
                 opened.append(target)
-                found[name] = bench_on(target, *models, progress=progress(name), **options)
+                found[name] = there(target, progress(name))
         except EdgekitError as error:
             found[name] = error
 
@@ -115,7 +131,7 @@ def bench_devices(
         _side_by_side(work, boards, opened)
     if LOCAL in names:
         try:
-            found[LOCAL] = bench(*models, progress=progress(LOCAL), **options)
+            found[LOCAL] = here(progress(LOCAL))
         except EdgekitError as error:
             found[LOCAL] = error
     return {name: found[name] for name in names}
@@ -171,7 +187,7 @@ def run_on(
             on_piece(message["piece"])
 
     arguments = {
-        "model": _put(target, Path(model), progress),
+        "model": bring(target, Path(model), progress),
         "prompt": prompt,
         "system": system,
         "raw": raw,
@@ -194,14 +210,14 @@ def embed_on(
     """The embedding of a text, made on the device."""
     _check_language(Path(model))
     arguments = {
-        "model": _put(target, Path(model), progress),
+        "model": bring(target, Path(model), progress),
         "text": text,
         "pooling": pooling,
         "fields": _load_fields(target, fields, progress),
     }
     found = call(target, target.identify(), "embed", arguments)
     if not isinstance(found, list) or not all(_is_number(value) for value in found):
-        raise _nonsense(target)
+        raise nonsense(target)
     return found
 
 
@@ -209,7 +225,7 @@ def perplexity_on(
     target: Target, model: str | Path, text: str, *, progress: Progress = no_progress, **fields: Any
 ) -> Perplexity:
     """``evaluate.perplexity`` on the device."""
-    arguments = {"model": _put(target, Path(model), progress), "text": text, **fields}
+    arguments = {"model": bring(target, Path(model), progress), "text": text, **fields}
     found = call(target, target.identify(), "perplexity", arguments, progress=progress)
     return _figures(target, Perplexity, found)
 
@@ -225,8 +241,8 @@ def compare_on(
 ) -> Divergence:
     """``evaluate.compare`` on the device."""
     arguments = {
-        "model": _put(target, Path(model), progress),
-        "reference": _put(target, Path(reference), progress),
+        "model": bring(target, Path(model), progress),
+        "reference": bring(target, Path(reference), progress),
         "text": text,
         **fields,
     }
@@ -240,7 +256,7 @@ def probe_on(target: Target, *, progress: Progress = no_progress) -> Measured:
     try:
         return typed_json.read(Measured, found, "the probe")
     except typed_json.Mismatch:
-        raise _nonsense(target) from None
+        raise nonsense(target) from None
 
 
 # The way there and back
@@ -270,9 +286,9 @@ def call(
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
-            raise _nonsense(target) from None
+            raise nonsense(target) from None
         if not isinstance(message, dict):
-            raise _nonsense(target)
+            raise nonsense(target)
         told = message.get("report")
         if "value" in message or "error" in message:
             answer.update(message)
@@ -317,14 +333,14 @@ def _check_language(model: Path) -> None:
     """Before anything is uploaded."""
     onnx = model.suffix.lower() == ".onnx"
     if onnx or (is_artifact(model) and Artifact.open(model).format != FORMAT):
-        raise UsageError(f"{model} is no language model: only those answer on a device so far")
+        raise UsageError(f"{model} is no language model", hint="edgekit run and bench take it")
 
 
-def _put(target: Target, path: Path, progress: Progress) -> str:
-    """A model's path there."""
+def bring(target: Target, path: Path, progress: Progress, also: Sequence[str] = ()) -> str:
+    """A model's path on the device, where it is now; ``also`` as in ``Target.put``."""
     if isinstance(target, Local):
         return str(path.absolute())
-    place = target.put(path, kind="artifacts", progress=progress)
+    place = target.put(path, kind="artifacts", also=also, progress=progress)
     return f"{place}/{path.name}" if path.is_file() else place
 
 
@@ -332,7 +348,7 @@ def _load_fields(target: Target, fields: dict[str, Any], progress: Progress) -> 
     if fields.get("prompt_cache") is not None:
         raise UsageError("--prompt-cache means nothing with --device")
     adapters = [
-        [_put(target, Path(file), progress), scale] for file, scale in fields.get("adapters", ())
+        [bring(target, Path(file), progress), scale] for file, scale in fields.get("adapters", ())
     ]
     return fields | {"adapters": adapters}
 
@@ -360,14 +376,14 @@ def _generation(target: Target, body: Any) -> Generation:
     except (TypeError, ValueError, KeyError):
         good = False
     if not good or not all(type(token) is int for token in body["tokens"]):
-        raise _nonsense(target)
+        raise nonsense(target)
     return Generation(**body | {"logprobs": logprobs})
 
 
 def _figures(target: Target, kind: type[_Figures], body: Any) -> _Figures:
     """A dataclass of numbers and Intervals from its ``to_dict``."""
     if not isinstance(body, dict) or set(body) != {each.name for each in fields(kind)}:
-        raise _nonsense(target)
+        raise nonsense(target)
     found: dict[str, Any] = {}
     for name, value in body.items():
         if isinstance(value, dict) and set(value) == {"value", "low", "high"}:
@@ -378,7 +394,7 @@ def _figures(target: Target, kind: type[_Figures], body: Any) -> _Figures:
             numbers = value if isinstance(value, list) else [value]
             value = tuple(value) if isinstance(value, list) else value
         if not all(type(number) in (int, float) for number in numbers):
-            raise _nonsense(target)
+            raise nonsense(target)
         found[name] = value
     return kind(**found)
 
@@ -387,7 +403,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _nonsense(target: Target) -> RemoteCommandError:
+def nonsense(target: Target) -> RemoteCommandError:
+    """For an answer that is none."""
     return RemoteCommandError(
         f"edgekit on {target.name} gives an answer that is none",
         hint=f"edgekit devices setup {target.name} brings this version there",

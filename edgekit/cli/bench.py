@@ -123,18 +123,26 @@ def command(
     if no_flash_attention:
         sweep["flash_attention"] = False
     if devices is not None:
-        if sides or profile or limit is not None:
+        if sides and len(devices) > 1:
             raise UsageError(
-                "--device measures alone: leave out --compare, --fail-if-slower and --profile",
-                hint="--out a.json, then --compare a.json b.json",
+                "--compare looks at one device", hint=f"--device {devices[0]}, then the others"
             )
-        if bench_latency.is_wanted([model for model in models if Path(model).exists()]):
-            raise UsageError("--device measures language models: bench this one on the board")
-        return _on_devices(devices, models, sweep | {"probe": not no_probe}, outs, as_json)
+        if not sides and bench_latency.is_wanted(models):
+            how = {"probe": not no_probe, "profile": profile}
+            return bench_latency.measure_on(devices, models, sweep, outs, as_json=as_json, **how)
+        if profile:
+            raise UsageError(
+                "--profile looks into the engine of this machine, and --device measures elsewhere",
+                hint="run it on the device itself: what devices setup brought has edgekit bench",
+            )
+        if not sides:
+            if limit is not None:
+                raise UsageError("--fail-if-slower needs --compare A B")
+            return _on_devices(devices, models, sweep | {"probe": not no_probe}, outs, as_json)
     if sides:
         if models or profile:
             raise UsageError("--compare takes its two sides alone: leave out models and --profile")
-        return _compare(sides, sweep, outs, limit, as_json)
+        return _compare(sides, devices[0] if devices else None, sweep, outs, limit, as_json)
     if limit is not None:
         raise UsageError("--fail-if-slower needs --compare A B")
     if not models:
@@ -179,18 +187,14 @@ def _on_devices(
     if as_json and len(names) == 1:
         show.as_json(reports[names[0]].to_dict())
     elif as_json:
-        told = {name: {"message": e.message, "hint": e.hint} for name, e in errors.items()}
         body = {name: report.to_dict() for name, report in reports.items()}
-        show.as_json({"reports": body, "errors": told})
+        show.as_json(show_bench.answers(body, errors))
     elif len(names) == 1:
         show_bench.report(reports[names[0]])
     else:
         show_bench.devices(reports)
     for name, report in reports.items():
-        if len(names) == 1:
-            _write(report, outs)
-        else:
-            _write(report, tuple(out.with_name(f"{out.stem}-{name}{out.suffix}") for out in outs))
+        _write(report, show_bench.files_of(outs, name, names))
     for name, error in errors.items():
         show.warn(f"{name}: {error.message}")
     for error in errors.values():
@@ -199,13 +203,14 @@ def _on_devices(
 
 def _compare(
     sides: tuple[str, str],
+    device: str | None,
     sweep: dict[str, Any],
     outs: tuple[Path, ...],
     limit: float | None,
     as_json: bool,
 ) -> None:
     with show.progress(quiet=as_json) as progress:
-        found, measured = bench_against(*sides, progress=progress, **sweep)
+        found, measured = bench_against(*sides, device=device, progress=progress, **sweep)
     if measured is None and outs:
         raise UsageError("--out writes what is measured, and two reports are not")
     if as_json:

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from edgekit import latency_files, latency_text, report_text
+from edgekit import latency_files, latency_text, remote, report_text
 from edgekit.artifact import Artifact
-from edgekit.cli import show
-from edgekit.errors import UsageError
+from edgekit.cli import show, show_bench
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.latency import latency, takes
 from edgekit.latency_report import LatencyReport
+from edgekit.remote_tensors import latency_on
 
 _OPTIONS = {"threads", "batches", "repetitions"}
 
@@ -38,12 +39,7 @@ def measure(
     as_json: bool,
 ) -> None:
     """Measure, show, write."""
-    if set(sweep) - _OPTIONS:
-        raise UsageError(
-            "these models have no tokens: only --threads, --batch and --repetitions hold for them"
-        )
-    for out in outs:
-        latency_files.check(out)
+    _check(sweep, outs)
     with show.progress(quiet=as_json) as progress:
         found = latency(*models, probe_limits=probe, profile=profile, progress=progress, **sweep)
     if as_json:
@@ -52,6 +48,54 @@ def measure(
         _show(found)
     for out in outs:
         latency_files.write(found, out)
+
+
+def measure_on(
+    names: Sequence[str],
+    models: Sequence[str],
+    sweep: dict[str, Any],
+    outs: Sequence[Path],
+    *,
+    probe: bool,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """The same on devices, side by side; one that fails leaves a warning and its exit code."""
+    _check(sweep, outs)
+    how = {"probe_limits": probe, "profile": profile, **sweep}
+    with show.progress_of_each(names, quiet=as_json) as progress:
+        found = remote.on_devices(
+            names,
+            lambda target, tell: latency_on(target, *models, progress=tell, **how),
+            lambda tell: latency(*models, progress=tell, **how),
+            progress,
+        )
+    reports = {name: each for name, each in found.items() if isinstance(each, LatencyReport)}
+    errors = {name: each for name, each in found.items() if isinstance(each, EdgekitError)}
+    if len(names) == 1 and errors:
+        raise errors[names[0]]
+    if as_json:
+        body = {name: report.to_dict() for name, report in reports.items()}
+        show.as_json(body[names[0]] if len(names) == 1 else show_bench.answers(body, errors))
+    for name, report in reports.items():
+        if not as_json:
+            _show(report)
+        for out in show_bench.files_of(outs, name, names):
+            latency_files.write(report, out)
+    for name, error in errors.items():
+        show.warn(f"{name}: {error.message}")
+    for error in errors.values():
+        raise error
+
+
+def _check(sweep: dict[str, Any], outs: Sequence[Path]) -> None:
+    """Before minutes are spent."""
+    if set(sweep) - _OPTIONS:
+        raise UsageError(
+            "these models have no tokens: only --threads, --batch and --repetitions hold for them"
+        )
+    for out in outs:
+        latency_files.check(out)
 
 
 def _show(found: LatencyReport) -> None:

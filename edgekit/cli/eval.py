@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from edgekit.errors import UsageError
 from edgekit.target import open_target
 
 _N_CTX = 512
+# The answers are the same on every machine; only the wait differs.
+_HERE = {"device": "leave out --device: a model's answers do not depend on where it runs"}
 
 
 @click.command()
@@ -76,7 +79,7 @@ def command(
     if sensitivity_:
         other = {"against": against, "chunks": chunks, "tasks": task_file, "device": device}
         other |= fields
-        _refuse("with --sensitivity", other | {"needle": needle_ or None})
+        _refuse("with --sensitivity", other | {"needle": needle_ or None}, _HERE)
         return show_sensitivity.run(
             models,
             text=text,
@@ -98,10 +101,11 @@ def command(
     if task_file is not None:
         other = {"needle": needle_ or None, "text": text, "chunks": chunks, "plot": plot_file}
         other["device"] = device
-        _refuse("with --tasks", needle | other)
+        _refuse("with --tasks", needle | other, _HERE)
         return show_tasks.run(models[0], task_file, n_ctx=n_ctx, **tasks, **shared)
     if needle_:
-        _refuse("with --needle", tasks | {"ctx": n_ctx, "chunks": chunks, "device": device})
+        other = {"ctx": n_ctx, "chunks": chunks, "device": device}
+        _refuse("with --needle", tasks | other, _HERE)
         return show_needle.run(models[0], text=text, plot_file=plot_file, **needle, **shared)
     _refuse("without --tasks", tasks)
     _refuse("without --needle", needle)
@@ -138,8 +142,8 @@ def command(
         evaluate.draw(found, plot_file)
 
 
-def _refuse(when: str, options: dict[str, Any]) -> None:
+def _refuse(when: str, options: dict[str, Any], hints: Mapping[str, str] | None = None) -> None:
     """An option that would be ignored is an error: somebody expects something of it."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"--{name} means nothing {when}")
+            raise UsageError(f"--{name} means nothing {when}", hint=(hints or {}).get(name))

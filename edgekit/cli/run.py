@@ -106,8 +106,15 @@ def command(
     fields = _load_fields(options)
     if device is not None:
         if prompt is None:
-            raise UsageError("a chat needs the model here: --device answers one PROMPT")
-        if embed:
+            raise UsageError(
+                "a chat needs the model here: --device answers one PROMPT",
+                hint=f'edgekit run {artifact} "Why is the sky blue?" --device {device}',
+            )
+        if _has_no_tokens(artifact):
+            run_tensors.show_answer_there(
+                device, artifact, prompt, top, fields["n_threads"], as_json
+            )
+        elif embed:
             fields["runtime"] = runtime
             _show_vector(_embed_there(device, artifact, prompt, pooling, fields), as_json)
         else:
@@ -128,6 +135,12 @@ def command(
             messages = _messages(system, prompt)
             pieces = session.chat(messages, params) if chat else session.stream(prompt, params)
             _answer(session, pieces, as_json)
+
+
+def _has_no_tokens(model: str) -> bool:
+    from edgekit.latency import takes
+
+    return takes(model)
 
 
 def _answer_there(

@@ -5,11 +5,16 @@ Knows how to ask and to render; never what an image or a text becomes on its way
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import click
 
 from edgekit.cli import show
 from edgekit.errors import UsageError
 from edgekit.runtime import TensorSession
+
+_NOTHING, _NAME_ONE = "what shall it look at?", "name an image, or give a text"
 
 
 def show_answer(session: TensorSession, prompt: str | None, top: int, as_json: bool) -> None:
@@ -18,18 +23,41 @@ def show_answer(session: TensorSession, prompt: str | None, top: int, as_json: b
     Raises UsageError for a model of bare tensors, and for no prompt.
     """
     if not prompt:
-        raise UsageError("what shall it look at?", hint="name an image, or give a text")
+        raise UsageError(_NOTHING, hint=_NAME_ONE)
     if session.task.endswith("classification"):
-        found = session.classify(prompt, top=top)
-        if as_json:
-            classes = [{"label": label, "probability": share} for label, share in found]
-            return show.as_json({"classes": classes})
-        return show.table([(label, f"{share:.2%}") for label, share in found])
+        return _classes(session.classify(prompt, top=top), as_json)
     if session.task == "tensors":
         raise UsageError(
             "this model takes bare tensors", hint="edgekit.load(ARTIFACT).run({name: array})"
         )
-    vector = session.embed(prompt)
-    return (
-        show.as_json({"embedding": vector}) if as_json else click.echo(" ".join(map(str, vector)))
-    )
+    _vector(session.embed(prompt), as_json)
+
+
+def show_answer_there(
+    device: str, model: str, prompt: str | None, top: int, n_threads: int | None, as_json: bool
+) -> None:
+    """The same from a device."""
+    from edgekit.remote_tensors import answer_on
+    from edgekit.target import open_target
+
+    if not prompt:
+        raise UsageError(_NOTHING, hint=_NAME_ONE)
+    with show.progress(quiet=as_json) as progress, open_target(device) as target:
+        found = answer_on(target, model, prompt, top=top, n_threads=n_threads, progress=progress)
+    if found.classes is not None:
+        return _classes(found.classes, as_json)
+    _vector(found.vector or (), as_json)
+
+
+def _classes(found: Sequence[tuple[str, float]], as_json: bool) -> None:
+    if as_json:
+        classes = [{"label": label, "probability": share} for label, share in found]
+        return show.as_json({"classes": classes})
+    show.table([(label, f"{share:.2%}") for label, share in found])
+
+
+def _vector(vector: Sequence[Any], as_json: bool) -> None:
+    if as_json:
+        show.as_json({"embedding": list(vector)})
+    else:
+        click.echo(" ".join(map(str, vector)))

@@ -5,12 +5,17 @@ Knows tables and order; never how anything was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import click
 
 from edgekit import profile as profiles
 from edgekit import report_text
 from edgekit.cli import show
 from edgekit.compare import CONFIDENCE, Comparison
+from edgekit.errors import EdgekitError
 from edgekit.profile import Profile
 from edgekit.report import BenchReport
 
@@ -79,3 +84,16 @@ def profile(found: Profile) -> None:
     for phase in (found.prefill, found.decode):
         slower = f"{phase.overhead:.0%} slower" if phase.overhead > 0 else "no slower"
         click.echo(f"{phase.name}: timing every operator made it {slower}")
+
+
+def answers(reports: dict[str, Any], errors: dict[str, EdgekitError]) -> dict[str, Any]:
+    """What several devices answered, for JSON."""
+    told = {name: {"message": e.message, "hint": e.hint} for name, e in errors.items()}
+    return {"reports": reports, "errors": told}
+
+
+def files_of(outs: Sequence[Path], name: str, names: Sequence[str]) -> tuple[Path, ...]:
+    """Where the report of the device ``name`` goes; of several, each has files of its own."""
+    if len(names) == 1:
+        return tuple(outs)
+    return tuple(out.with_name(f"{out.stem}-{name}{out.suffix}") for out in outs)
