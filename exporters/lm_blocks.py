@@ -80,8 +80,8 @@ def split(weights: Array) -> Array:
 
 def pack(q: Array, scales: Array, zeros: Array, bits: int, inputs: int) -> Blocks:
     """``q`` [outputs, blocks, BLOCK], ``scales`` and ``zeros`` [outputs, blocks] as they lie."""
-    whole = q.astype(np.uint8)
-    flat = zeros.astype(np.uint8)
+    whole: Array = q.astype(np.uint8)
+    flat: Array = zeros.astype(np.uint8)
     stored: Array | None = None
     if bits == 4:
         whole = whole[..., ::2] | whole[..., 1::2] << 4

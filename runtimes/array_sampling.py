@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
@@ -85,11 +87,10 @@ def _best(logits: Logits, count: int) -> np.ndarray[tuple[int], np.dtype[np.int6
     return order
 
 
-def _softmax(
-    values: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    shares: np.ndarray[tuple[int], np.dtype[np.float64]] = np.exp(values - values.max())
-    return shares / shares.sum()
+def _softmax(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    shares: NDArray[np.floating[Any]] = np.exp(values - values.max())
+    shares /= shares.sum()
+    return shares
 
 
 def report(logits: Logits, token: int, count: int, text_of: Callable[[int], str]) -> TokenLogprob:

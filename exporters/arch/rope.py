@@ -114,8 +114,9 @@ class Rope:
         longrope turns by its short factors: the model is to be run within ``trained_length``.
         """
         turning = int(self.rotated * head_dim) // 2
-        exponents = np.arange(0, turning, dtype=np.float32) * np.float32(2) / (2 * turning)
-        plain = np.float32(1) / np.float32(self.theta) ** exponents
+        exponents = np.arange(0, turning, dtype=np.float32) * np.float32(2)
+        exponents /= np.float32(2 * turning)
+        plain: NDArray[np.float32] = np.float32(1) / np.float32(self.theta) ** exponents
         if self.scaling == "linear":
             return Rotation((plain / np.float32(self.number("factor"))).astype(np.float32))
         if self.scaling == "llama3":
