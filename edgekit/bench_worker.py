@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ _TICK_S = 0.02
 _ASLEEP = 0.1  # the part of a tick that sleeping threads may still use
 _PATIENCE_S = 3.0
 _WARM_RUNS = 3
+# Runtime -> the package with its engine, and what the engine calls its code for processors.
+_TENSOR_ENGINES = {"ort": ("onnxruntime", "CPUExecutionProvider"), "openvino": ("openvino", "CPU")}
 
 
 def serve() -> None:
@@ -87,9 +90,11 @@ class _Child:
 
     # Models without tokens
 
-    def hold_tensors(self, path: str, threads: int | None, batch: int) -> dict[str, Any]:
+    def hold_tensors(
+        self, path: str, threads: int | None, batch: int, runtime_name: str
+    ) -> dict[str, Any]:
         """Load a model for ``run_tensors``: seconds until it could run, and its threads."""
-        runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["onnx"])()
+        runtime = RUNTIMES.load(runtime_name)()
         runtime.load(Path(path), LoadParams(n_threads=threads)).close()  # checks, trials, cache
         started = time.perf_counter()
         self._tensors = session = runtime.load(Path(path), LoadParams(n_threads=threads))
@@ -110,15 +115,18 @@ class _Child:
         seen["runs_s"] = runs
         return seen
 
-    def profile_tensors(self, path: str, threads: int) -> list[tuple[str, int, float]]:
+    def profile_tensors(
+        self, path: str, threads: int, runtime_name: str
+    ) -> list[tuple[str, int, float]]:
         """(kind of operator, how many, milliseconds in a run), the longest first."""
-        from edgekit.runtimes import ort_profile
+        profiler = importlib.import_module(f"edgekit.runtimes.{runtime_name}_profile")
+        found: list[tuple[str, int, float]] = profiler.operators(Path(path), threads, self._feed)
+        return found
 
-        return ort_profile.operators(Path(path), threads, self._feed)
-
-    def tensor_engine(self) -> dict[str, Any]:
-        """Version and backend of the engine for models without tokens."""
-        return {"version": metadata.version("onnxruntime"), "backend": "CPUExecutionProvider"}
+    def tensor_engine(self, runtime_name: str) -> dict[str, Any]:
+        """Version and backend of an engine for models without tokens."""
+        package, backend = _TENSOR_ENGINES[runtime_name]
+        return {"version": metadata.version(package), "backend": backend}
 
     # A user's session
 

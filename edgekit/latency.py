@@ -21,8 +21,9 @@ from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.formats import onnx
 from edgekit.latency_report import LatencyReport, LatencyRow, OperatorRow
-from edgekit.registry import RUNTIME_OF_FORMAT
+from edgekit.registry import OTHER_RUNTIMES, RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
 from edgekit.report import EngineFacts, ModelFacts, VerdictRow, machine_facts
+from edgekit.runtime import runtime_of
 from edgekit.telemetry import Strain
 
 FORMAT = "onnx"
@@ -41,6 +42,7 @@ class _Model:
     flops: float | None
     weight_bytes: int
     why_no_flops: str
+    runtime: str
 
 
 @dataclass
@@ -48,6 +50,7 @@ class _Side:
     """One model with one setting, in a process of its own."""
 
     model: _Model
+    runtime: str
     n_threads: int | None
     batch: int
     child: Child
@@ -57,7 +60,11 @@ class _Side:
 
     def open(self) -> None:
         found = self.child.ask(
-            "hold_tensors", path=str(self.model.path), threads=self.n_threads, batch=self.batch
+            "hold_tensors",
+            path=str(self.model.path),
+            threads=self.n_threads,
+            batch=self.batch,
+            runtime_name=self.runtime,
         )
         self.load_s, self.n_threads = found["seconds"], found["threads"]
 
@@ -81,6 +88,7 @@ class _Side:
             others_share=_mean([strain.others_share for strain in self.strains]),
             steal_share=_mean([strain.steal_share for strain in self.strains]),
             throttled=None if set(throttled) == {None} else any(throttled),
+            runtime=self.runtime,
         )
 
 
@@ -98,6 +106,7 @@ def latency(
     *models: Artifact | str | Path,
     threads: Sequence[int] = (),
     batches: Sequence[int] = (1,),
+    runtimes: Sequence[str] = (),
     repetitions: int = _REPETITIONS,
     probe_limits: bool = True,
     profile: bool = False,
@@ -106,26 +115,31 @@ def latency(
 ) -> LatencyReport:
     """Time whole runs of ONNX artifacts or files, on a built-in input of the kind they take.
 
-    ``threads`` () takes what ``edgekit.load`` would. ``repetitions`` are turns of a second each, in
-    which all settings alternate. ``probe_limits`` adds a verdict from this machine's measured
-    limits; ``profile`` the time by kind of operator. ``names`` call the models something else than
-    their files do.
+    ``threads`` and ``runtimes`` () take what ``edgekit.load`` would. ``repetitions`` are turns of a
+    second each, in which all settings alternate. ``probe_limits`` adds a verdict from this
+    machine's measured limits; ``profile`` the time by kind of operator. ``names`` call the models
+    something else than their files do.
     Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
     """
     _check(models, threads, batches, repetitions)
+    _check_runtimes(runtimes)
     root = machine.root()
     before = telemetry.conditions(root)
     found = _opened(models, names, progress)
     operators: list[OperatorRow] = []
     with ExitStack() as children, telemetry.Recorder(root) as recorder:
-        sides = _sides(children, found, threads, batches, progress)
+        sides = _sides(children, found, runtimes, threads, batches, progress)
         for turn in range(repetitions):
             for number, side in enumerate(sides if turn % 2 == 0 else reversed(sides)):
                 progress("measure", turn * len(sides) + number, repetitions * len(sides))
                 side.take_turn()
         progress("measure", repetitions * len(sides), repetitions * len(sides))
         rows = tuple(side.row() for side in sides)
-        engine = sides[0].child.ask("tensor_engine")
+        by_runtime = {side.runtime: side.child for side in reversed(sides)}
+        engines = {
+            name: EngineFacts(name, **child.ask("tensor_engine", runtime_name=name))
+            for name, child in by_runtime.items()
+        }
         if profile:
             for model in found:
                 side = next(each for each in sides if each.model is model)
@@ -135,7 +149,7 @@ def latency(
         device=None,
         edgekit=__version__,
         machine=machine_facts(root),
-        engine=EngineFacts(RUNTIME_OF_FORMAT[FORMAT], **engine),
+        engine=engines.pop(sides[0].runtime),
         models=tuple(model.facts for model in found),
         before=before,
         after=telemetry.conditions(root),
@@ -145,6 +159,7 @@ def latency(
         verdicts=(),
         operators=tuple(operators),
         moments=recorder.moments,
+        other_engines=tuple(engines.values()),
     )
     unknown = [f"no verdict on {m.facts.name}: {m.why_no_flops}" for m in found if m.why_no_flops]
     report = replace(report, remarks=(*_what_to_mind(report), *unknown))
@@ -163,6 +178,18 @@ def _check(
     ):
         if not all(1 <= value <= most for value in values):
             raise UsageError(f"{name} must lie between 1 and {most}")
+
+
+def _check_runtimes(runtimes: Sequence[str]) -> None:
+    """Raises UsageError for one that reads another format, MissingExtraError."""
+    known = (RUNTIME_OF_FORMAT[FORMAT], *OTHER_RUNTIMES[FORMAT])
+    for name in runtimes:
+        if name not in known:
+            raise UsageError(
+                f"no runtime for these models is called '{name}'",
+                hint=did_you_mean(name, list(known)),
+            )
+        RUNTIMES.load(name)
 
 
 def _opened(
@@ -199,31 +226,39 @@ def _opened(
             architecture=header.producer or "ONNX",
             parameters=header.parameters,
         )
-        found.append(_Model(path.absolute(), facts, flops, weights, why))
+        runtime = (runtime_of(artifact) if artifact else None) or RUNTIME_OF_FORMAT[FORMAT]
+        found.append(_Model(path.absolute(), facts, flops, weights, why, runtime))
     return found
 
 
 def _size(path: Path, header: onnx.OnnxHeader) -> int:
-    beside = {tensor.external for tensor in header.initializers if tensor.external}
-    return sum((path.parent / name).stat().st_size for name in (path.name, *beside))
+    return sum((path.parent / name).stat().st_size for name in (path.name, *header.beside))
 
 
 def _sides(
     children: ExitStack,
     models: Sequence[_Model],
+    runtimes: Sequence[str],
     threads: Sequence[int],
     batches: Sequence[int],
     progress: Progress,
 ) -> list[_Side]:
-    plans = [(m, t, b) for m in models for t in (threads or (None,)) for b in batches]
-    _check_memory(plans)
+    plans = [
+        (m, r, t, b)
+        for m in models
+        for r in (runtimes or (m.runtime,))
+        for t in (threads or (None,))
+        for b in batches
+    ]
+    _check_memory([model for model, *_ in plans])
     sides: list[_Side] = []
-    for number, (model, count, batch) in enumerate(plans):
+    for number, (model, runtime, count, batch) in enumerate(plans):
         progress("load", number, len(plans))
         # One measurement of the threads serves all batches of a model.
-        known = [side.n_threads for side in sides if side.model is model]
+        known = [s.n_threads for s in sides if s.model is model and s.runtime == runtime]
         side = _Side(
             model,
+            runtime,
             count or next(iter(known), None),
             batch,
             Child(f"{model.facts.name}, batch {batch}"),
@@ -235,20 +270,25 @@ def _sides(
     return sides
 
 
-def _check_memory(plans: Sequence[tuple[_Model, int | None, int]]) -> None:
+def _check_memory(models: Sequence[_Model]) -> None:
     """All processes live at one time: each with its weights twice (repacked) and the engine."""
     free = free_bytes()
-    needed = sum(COPIES * model.facts.size_bytes + CHILD_BYTES for model, _, _ in plans)
+    needed = sum(COPIES * model.facts.size_bytes + CHILD_BYTES for model in models)
     if free is not None and needed > free:
         raise UsageError(
-            f"{len(plans)} settings need {needed >> 20} MiB at one time, {free >> 20} are free",
+            f"{len(models)} settings need {needed >> 20} MiB at one time, {free >> 20} are free",
             hint="bench fewer models, threads or batches",
         )
 
 
 def _operators(side: _Side, progress: Progress) -> list[OperatorRow]:
     progress("profile", 0, 1)
-    found = side.child.ask("profile_tensors", path=str(side.model.path), threads=side.n_threads)
+    found = side.child.ask(
+        "profile_tensors",
+        path=str(side.model.path),
+        threads=side.n_threads,
+        runtime_name=side.runtime,
+    )
     progress("profile", 1, 1)
     total = sum(ms for _, _, ms in found)
     name = side.model.facts.name

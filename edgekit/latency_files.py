@@ -27,7 +27,7 @@ def _draw(report: LatencyReport, path: Path) -> None:
     with plot.figure(path, width_in=7.0, height_in=sum(heights) + 0.6) as drawn:
         grid = drawn.add_gridspec(len(heights), 1, height_ratios=heights)
         axis = drawn.add_subplot(grid[0])
-        names = [f"{r.model}  -t {r.n_threads}  batch {r.batch}" for r in report.rows]
+        names = [f"{r.model}  {r.runtime} -t {r.n_threads} batch {r.batch}" for r in report.rows]
         middle = [row.ms(50) for row in report.rows]
         over = [row.ms(95) - row.ms(50) for row in report.rows]
         places = range(len(names))

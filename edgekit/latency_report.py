@@ -25,7 +25,7 @@ KIND = "edgekit bench latency"
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One model with one count of threads and one size of batch.
+    """One model in one runtime, with one count of threads and one size of batch.
 
     ``turns_ms`` has milliseconds of every run, a tuple for each turn; turns of several rows
     alternate. ``load_s`` is the first load in a process that has the engine already. ``flops`` are
@@ -44,6 +44,7 @@ class LatencyRow:
     others_share: float | None
     steal_share: float | None
     throttled: bool | None
+    runtime: str = "ort"
 
     def __post_init__(self) -> None:
         if not self.turns_ms or not all(turn and min(turn) > 0 for turn in self.turns_ms):
@@ -83,7 +84,10 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """A whole run; fields as in ``report.BenchReport``. ``operators`` only with a profile."""
+    """A whole run; fields as in ``report.BenchReport``. ``operators`` only with a profile.
+
+    ``engine`` is that of the first row; ``other_engines`` are those of the rest.
+    """
 
     taken_at: str
     device: str | None
@@ -100,6 +104,7 @@ class LatencyReport:
     operators: tuple[OperatorRow, ...]
     moments: tuple[Moment, ...]
     profile: str | None = None
+    other_engines: tuple[EngineFacts, ...] = ()
 
     @property
     def busy(self) -> str | None:
@@ -110,12 +115,14 @@ class LatencyReport:
         return next(model for model in self.models if model.name == name)
 
     def beside(self, row: LatencyRow) -> LatencyRow | None:
-        """The first model's row with the same threads and batch, None for that row itself."""
+        """The first model's row, in the first runtime, with the same threads and batch; None for
+        that row itself.
+        """
         same = [
             each
             for each in self.rows
             if (each.n_threads, each.batch) == (row.n_threads, row.batch)
-            and each.model == self.models[0].name
+            and (each.model, each.runtime) == (self.rows[0].model, self.rows[0].runtime)
         ]
         return same[0] if same and same[0] is not row else None
 

@@ -13,14 +13,25 @@ from edgekit.intervals import Interval
 from edgekit.latency_report import LatencyReport
 from edgekit.report_text import machine_lines
 
-_HEAD = ("model", "type", "MB", "threads", "batch", "p50 ms", "p95", "p99", "inputs/s", "RSS MiB")
+_HEAD = (
+    *("model", "type", "MB", "runtime", "threads", "batch"),
+    *("p50 ms", "p95", "p99", "inputs/s", "RSS MiB"),
+)
 OPERATOR_HEAD = ("operator", "count", "ms", "share")
 _MOST_OPERATORS = 12
 
 
 def head(report: LatencyReport) -> tuple[str, ...]:
-    """The columns; with several models one compares them with the first."""
-    return (*_HEAD, f"times {report.models[0].name}") if len(report.models) > 1 else _HEAD
+    """The columns; with several models or runtimes one compares them with the first."""
+    if not _compares(report):
+        return _HEAD
+    first = report.rows[0]
+    runtimes = {row.runtime for row in report.rows}
+    return (*_HEAD, f"times {first.model}" + (f" in {first.runtime}" if len(runtimes) > 1 else ""))
+
+
+def _compares(report: LatencyReport) -> bool:
+    return len({(row.model, row.runtime) for row in report.rows}) > 1
 
 
 def cells(report: LatencyReport) -> list[tuple[str, ...]]:
@@ -29,11 +40,11 @@ def cells(report: LatencyReport) -> list[tuple[str, ...]]:
     for row in report.rows:
         facts = report.model(row.model)
         line = [row.model, facts.type, f"{facts.size_bytes / 1e6:.1f}"]
-        line += [str(row.n_threads), str(row.batch)]
+        line += [row.runtime, str(row.n_threads), str(row.batch)]
         line += [f"{row.ms(percent):.3g}" for percent in (50, 95, 99)]
         rss = row.peak_rss_bytes
         line += [f"{row.items_s:.1f}", "?" if rss is None else f"{rss / (1 << 20):.0f}"]
-        if len(report.models) > 1:
+        if _compares(report):
             first = report.beside(row)
             faster = first and row.times_faster_than(first)
             line.append(_times(faster) if faster else "")

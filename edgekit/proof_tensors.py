@@ -81,8 +81,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
 
 
 def _size(path: Path, header: onnx.OnnxHeader) -> int:
-    beside = {tensor.external for tensor in header.initializers if tensor.external}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    return path.stat().st_size + sum((path.parent / n).stat().st_size for n in header.beside)
 
 
 def _same_form(product: TensorSession, reference: TensorSession) -> None:

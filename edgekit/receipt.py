@@ -188,6 +188,38 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way that ``--optimize-for`` tried: a type in a runtime. ``ratio`` is how many times as
+    fast as float in the default runtime, from turns beside each other; ``same`` is the share of
+    inputs with the same class or nearest neighbour. ``why_not`` says what keeps it from being
+    chosen, "" for nothing.
+    """
+
+    type: str
+    runtime: str
+    size_bytes: int
+    ms: float
+    ratio: Interval
+    cosine: float
+    same: float | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried on this machine, and which ``runtime`` the artifact is loaded in therefore.
+
+    ``goal`` is "latency", "size" or "accuracy".
+    """
+
+    goal: str
+    runtime: str
+    threads: int
+    cpu: str
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True)
 class Size:
     """Of the model file. ``fallbacks``: tensors that are larger than their type promises."""
 
@@ -210,6 +242,7 @@ class Receipt:
     agreement: Agreement | None = None
     latency: Latency | None = None
     size: Size | None = None
+    tuning: Tuning | None = None
     gates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -44,10 +44,20 @@ class Shelf(Mapping[str, str]):
     built-in row wins over a stranger's row of the same name.
     """
 
-    def __init__(self, noun: str, group: str, rows: Mapping[str, str], *, extra: str) -> None:
+    def __init__(
+        self,
+        noun: str,
+        group: str,
+        rows: Mapping[str, str],
+        *,
+        extra: str,
+        extras: Mapping[str, str] | None = None,
+    ) -> None:
+        """``extras`` names the extra of a row that needs another than ``extra``."""
         self.noun = noun
         self.group = group
         self.extra = extra
+        self._extras = dict(extras or {})
         self._rows = dict(rows)
 
     def _strangers(self) -> dict[str, EntryPoint]:
@@ -74,7 +84,15 @@ class Shelf(Mapping[str, str]):
             raise UnknownNameError(
                 f"no {self.noun} is called '{name}'", hint=did_you_mean(name, list(self))
             )
-        return load(self[name], extra=self.extra)
+        return load(self[name], extra=self._extras.get(name, self.extra))
+
+    def installed(self, name: str) -> bool:
+        """Whether ``name`` is there with all that it needs."""
+        try:
+            self.load(name)
+        except (UnknownNameError, MissingExtraError):
+            return False
+        return True
 
 
 EXPORTERS = Shelf(
@@ -94,8 +112,10 @@ RUNTIMES = Shelf(
         "llamacpp": "edgekit.runtimes.llamacpp:LlamaCppRuntime",
         "echo": "edgekit.runtimes.echo:EchoRuntime",
         "ort": "edgekit.runtimes.ort:OrtRuntime",
+        "openvino": "edgekit.runtimes.openvino:OpenVinoRuntime",
     },
     extra="llama",
+    extras={"ort": "ort", "openvino": "openvino"},
 )
 
 # What measures an export of a format against its float model and fills the receipt.
@@ -108,6 +128,8 @@ PROOFS = Shelf(
 
 # The runtime for an artifact's format, where the user names none.
 RUNTIME_OF_FORMAT = {"gguf": "llamacpp", "onnx": "ort"}
+# Others that read the format too, and may be faster on some machines.
+OTHER_RUNTIMES = {"onnx": ("openvino",)}
 
 # Profiles of boards that strangers bring: a name, and the file (importlib.resources) that holds it.
 # The built-in ones are the files of devices/profiles/.

@@ -103,7 +103,7 @@ def mib(size_bytes: int | None) -> str:
 
 def machine_lines(report: BenchReport | LatencyReport) -> Iterator[tuple[str, str]]:
     """What the report was taken on, as (name, value)."""
-    machine, engine = report.machine, report.engine
+    machine = report.machine
     if report.device:
         yield "device", report.device
     if machine.emulated:
@@ -116,7 +116,8 @@ def machine_lines(report: BenchReport | LatencyReport) -> Iterator[tuple[str, st
     if machine.memory_bytes:
         yield "memory", f"{machine.memory_bytes / (1 << 30):.1f} GiB"
     yield "kernel", machine.kernel
-    yield "engine", f"{engine.name} {engine.version}, {engine.backend or 'fixed CPU backend'}"
+    for engine in (report.engine, *getattr(report, "other_engines", ())):
+        yield "engine", f"{engine.name} {engine.version}, {engine.backend or 'fixed CPU backend'}"
     yield "edgekit", report.edgekit
     if report.profile:
         yield "predicted for", f"profile {report.profile}, tok/s (measured against it)"

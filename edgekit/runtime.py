@@ -16,7 +16,8 @@ from typing import Any, Protocol, Self
 from edgekit import _fs
 from edgekit.artifact import Artifact
 from edgekit.errors import LoadError, UsageError
-from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
+from edgekit.receipt import Receipt
+from edgekit.registry import OTHER_RUNTIMES, RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
 
 # Where neither the user nor the model says less: a KV cache takes memory for every token.
 DEFAULT_N_CTX = 4096
@@ -323,7 +324,8 @@ def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: 
     """Load an Artifact, a path to one, or a GGUF or ONNX file; keyword arguments as in LoadParams.
 
     A language model is a Session, any other model a TensorSession.
-    ``runtime`` None takes the one for the model's format. An adapter that the artifact ships is
+    ``runtime`` None takes the one that the artifact was tuned for, if it is installed, or the one
+    for the model's format. An adapter that the artifact ships is
     applied with scale 1, unless ``adapters`` names its file too, with a scale of its own.
     A file that the engine never loaded before is first loaded in a child process, so that a hostile
     one cannot take this process down: nobody signs manifests, so that holds for artifacts as well.
@@ -343,10 +345,22 @@ def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: 
         raise UsageError(
             f"cannot load a {type(model).__name__}; give an artifact, its folder or a model file"
         )
-    engine = _engine(runtime, model.format)
+    engine = _engine(runtime or runtime_of(model), model.format)
     model.verify_sizes()
     adapters = (*_shipped_adapters(model, params), *params.adapters)
     return engine.load(model.model_path, replace(params, adapters=adapters))
+
+
+def runtime_of(artifact: Artifact) -> str | None:
+    """The runtime that ``artifact`` was found fastest in (``--optimize-for``), where it is
+    installed; else the one for its format. None where there is none.
+    """
+    usual = RUNTIME_OF_FORMAT.get(artifact.format)
+    others = OTHER_RUNTIMES.get(artifact.format)
+    tuning = Receipt.from_dict(artifact.receipt).tuning if others else None
+    if others and tuning and tuning.runtime in others and RUNTIMES.installed(tuning.runtime):
+        return tuning.runtime
+    return usual
 
 
 def _engine(name: str | None, model_format: str) -> Runtime:

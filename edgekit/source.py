@@ -259,5 +259,5 @@ def _from_onnx(name: str, path: Path) -> ModelSource:
     path = path.resolve()
     with model_folder.as_source(path):
         header = onnx.read(path)
-    beside = sorted({tensor.external for tensor in header.initializers if tensor.external})
+    beside = header.beside
     return ModelSource(spec=name, kind="onnx", path=path, family="onnx", files=(path.name, *beside))

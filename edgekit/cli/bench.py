@@ -57,6 +57,7 @@ def _list(*names: str, text: str, read: Any = _numbers) -> Callable[[Any], Any]:
 @_list("-d", "--depth", "depths", text="Tokens that stand before the answer [default: 0].")
 @_list("--kv", "kv_types", text="Types of the KV cache [default: f16].", read=_words)
 @_list("--batch", "batches", text="Sequences decoded side by side [default: 1].")
+@_list("--runtime", "runtimes", text="ONNX: the engines [default: the artifact's].", read=_words)
 @click.option(
     "-r", "--repetitions", type=int, help="Rounds, in which all settings take turns [default: 5]."
 )
@@ -112,8 +113,8 @@ def command(
     """Measure load times, speeds and memory of MODELs, and say what bounds them.
 
     MODEL is an artifact's folder, a GGUF or an ONNX file. Lists such as `-t 1,2 -p 32,512` measure
-    every combination. Models without tokens take --threads, --batch and --repetitions, and their
-    figures are latencies.
+    every combination. Models without tokens take --threads, --batch, --runtime and --repetitions;
+    their figures are latencies.
     """
     for out in outs:
         bench_files.check(out)
@@ -151,6 +152,8 @@ def command(
         return bench_latency.measure(
             models, sweep, outs, probe=not no_probe, profile=profile, as_json=as_json
         )
+    if "runtimes" in sweep:
+        raise UsageError("--runtime compares engines for ONNX files: a GGUF has one")
     with show.progress(quiet=as_json) as progress:
         found = bench(*models, probe=not no_probe, progress=progress, **sweep)
         parts = profiles(models, found, progress) if profile else []

@@ -16,7 +16,7 @@ from edgekit.latency import latency, takes
 from edgekit.latency_report import LatencyReport
 from edgekit.remote_tensors import latency_on
 
-_OPTIONS = {"threads", "batches", "repetitions"}
+_OPTIONS = {"threads", "batches", "repetitions", "runtimes"}
 
 
 def is_wanted(models: Sequence[Artifact | str]) -> bool:
@@ -92,7 +92,8 @@ def _check(sweep: dict[str, Any], outs: Sequence[Path]) -> None:
     """Before minutes are spent."""
     if set(sweep) - _OPTIONS:
         raise UsageError(
-            "these models have no tokens: only --threads, --batch and --repetitions hold for them"
+            "these models have no tokens: only --threads, --batch, --runtime and --repetitions hold"
+            " for them"
         )
     for out in outs:
         latency_files.check(out)

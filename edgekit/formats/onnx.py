@@ -133,6 +133,11 @@ class OnnxHeader:
         """How many weights there are."""
         return sum(tensor.elements for tensor in self.initializers)
 
+    @property
+    def beside(self) -> list[str]:
+        """The files beside the model that hold weights."""
+        return sorted({tensor.external for tensor in self.initializers if tensor.external})
+
 
 def read(path: Path, *, whole: bool = True) -> OnnxHeader:
     """The graph of the ONNX file at ``path``; ``whole`` False: files beside it may be missing.

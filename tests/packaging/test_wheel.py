@@ -18,7 +18,7 @@ from edgekit.errors import DISTRIBUTION, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("edgekit", "exporters", "runtimes", "devices")
-EXTRAS = {"llama", "ort", "tflite", "export", "onnx", "train", "serve", "plot", "all"}
+EXTRAS = {"llama", "ort", "tflite", "export", "onnx", "openvino", "train", "serve", "plot", "all"}
 
 
 def tracked_files() -> list[str]:
