@@ -17,6 +17,7 @@ from typing import Any
 
 from edgekit import __version__, _fs, _proc, machine
 from edgekit.errors import DISTRIBUTION, EdgekitError
+from edgekit.llama_library import Card
 from edgekit.machine import Cpu, Memory
 
 _GIB = 1 << 30
@@ -59,13 +60,15 @@ _REPORTED_AS = {"FP16_VECTOR_ARITHMETIC": "FP16_VA", "SSE42": "SSSE3"}
 @dataclass(frozen=True)
 class Engine:
     """llama.cpp as installed. ``backend`` is the loaded variant ("zen4"), None for a build without
-    run-time variants; ``variants`` are those the wheel holds; ``problem`` says why it cannot load.
+    run-time variants; ``variants`` are those the wheel holds; ``cards`` are the graphics cards that
+    it can use; ``problem`` says why it cannot load.
     """
 
     version: str | None
     backend: str | None = None
     variants: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()
     problem: str | None = None
 
 
@@ -150,6 +153,7 @@ def probe_engine() -> Engine:
         backend=answer["backend"],
         variants=tuple(answer["variants"]),
         features=tuple(answer["features"]),
+        cards=tuple(Card(**card) for card in answer["cards"]),
     )
 
 
@@ -164,6 +168,7 @@ def ask_engine() -> dict[str, Any]:
         "backend": _variant_name(loaded) if loaded else None,
         "variants": [name for name in map(_variant_name, shipped) if name],
         "features": [name for name, on in re.findall(r"(\w+) = (\d+)", info) if on != "0"],
+        "cards": [asdict(card) for card in llama_library.cards()],
     }
 
 

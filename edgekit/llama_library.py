@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,24 +161,42 @@ def _cpu_function(name: bytes, result: Any) -> Any:
     return ctypes.CFUNCTYPE(result, ctypes.c_void_p)(address)
 
 
-def free_gpu_bytes() -> int:
-    """Free memory of the graphics cards that the engine can use; 0 without any."""
+@dataclass(frozen=True)
+class Card:
+    """A graphics card that the engine can use."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+def cards() -> list[Card]:
+    """The graphics cards of this machine for which the engine has a backend."""
+    libllama()
     ggml = ggml_library()
     base = ctypes.CDLL(str(libllama_folder() / "libggml-base.so"))
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
     ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
     base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    base.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
+    base.ggml_backend_dev_description.restype = ctypes.c_char_p
     base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] * 3
     base.ggml_backend_dev_memory.restype = None
-    total = 0
+    found = []
     for i in range(ggml.ggml_backend_dev_count()):
         device = ggml.ggml_backend_dev_get(i)
         if base.ggml_backend_dev_type(device) == _GPU:
-            free, size = ctypes.c_size_t(), ctypes.c_size_t()
-            base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(size))
-            total += free.value
-    return total
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            name = base.ggml_backend_dev_description(device).decode("utf-8", "replace")
+            found.append(Card(name, free.value, total.value))
+    return found
+
+
+def free_gpu_bytes() -> int:
+    """Free memory of the graphics cards that the engine can use; 0 without any."""
+    return sum(card.free_bytes for card in cards())
 
 
 def version() -> str:

@@ -33,6 +33,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("features", " ".join(report.cpu.features) or "-"),
         ("engine", _engine(report.engine)),
         ("engine uses", " ".join(report.engine.features) or "-"),
+        ("graphics", _cards(report.engine)),
         ("memory", _memory(report.memory)),
         ("disk", f"{show.size(report.disk_free_bytes)} free for {report.home}"),
         ("versions", " ".join(f"{name} {version}" for name, version in report.versions.items())),
@@ -61,6 +62,14 @@ def _engine(engine: Engine) -> str:
     if engine.backend is None:
         return f"{text}, one fixed CPU backend"
     return f"{text}, backend {engine.backend} of {len(engine.variants)}"
+
+
+def _cards(engine: Engine) -> str:
+    free = [
+        f"{card.name}, {show.size(card.free_bytes)} free of {show.size(card.total_bytes)}"
+        for card in engine.cards
+    ]
+    return "; ".join(free) or "none that the engine can use"
 
 
 def _memory(memory: Memory) -> str:
