@@ -58,7 +58,7 @@ def test_what_does_not_hold_is_one_clear_line(artifacts: tuple[Path, Path], tmp_
     for arguments, words in (
         ([path, "-p", "32"], "have no tokens"),
         ([path, str(gguf)], "no figure in common"),
-        ([path, "--device", "local"], "--device measures language models"),
+        ([path, "--device", "local", "-p", "32"], "have no tokens"),
         ([path, "--batch", "5000"], "must lie between"),
     ):
         done = _edgekit("bench", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
 import subprocess
@@ -13,10 +14,11 @@ import pytest
 
 from edgekit import device_config
 from edgekit.device_config import Address, Device
-from edgekit.errors import EdgekitError, UsageError
-from edgekit.target import ssh_argv
+from edgekit.errors import ConnectError, EdgekitError, UsageError
+from edgekit.target import open_target, ssh_argv
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ssh_arguments.txt"
+GENERATED = GOLDEN.with_name("generated_hosts.txt")
 
 GOOD = ["rpi5", "kitchen.local", "pi@kitchen.local", "a_b", "10.0.0.7", "pi@10.0.0.7", "fe80::1"]
 GOOD += ["pi@2001:db8::7", "x", "my-user@host-1.example.org", "_pi@rpi", "1board", "a.b.c.d"]
@@ -74,21 +76,65 @@ def _generated(count: int) -> list[str]:
 
 
 def test_a_thousand_generated_hosts_become_data_or_nothing() -> None:
-    constant = ssh_argv(Address("x"))[:-2]
+    """The words that differ from one host to another are those of a golden file, to the letter."""
+    constant = ssh_argv(Address("x"))[:-3]
     command = ssh_argv(Address("x"))[-1]
-    accepted = 0
+    lines, accepted = [], 0
     for text in _generated(1000):
         try:
-            found = device_config.address(text)
+            argv = ssh_argv(device_config.address(text))
         except UsageError:
+            lines.append(f"{text!a} refused")
             continue
         accepted += 1
-        user = [] if found.user is None else ["-l", found.user]
-        assert ssh_argv(found) == [*constant[:-1], *user, "--", found.host, command]
-        for word in filter(None, (found.host, found.user)):
+        words = argv[len(constant) : -1]
+        assert argv == [*constant, *words, command]
+        lines.append(f"{text!a} {words}")
+        for word in words:
             assert set(word) <= set(string.ascii_letters + string.digits + "._-:")
-            assert not word.startswith("-")
+            assert not word.startswith("-") or word in ("-l", "--")
     assert 0 < accepted < 500
+    assert "\n".join(lines) + "\n" == GENERATED.read_text()
+
+
+def test_a_thousand_generated_devices_are_kept_whole_or_refused_whole() -> None:
+    """Names, hosts and profiles by dice, in the user's own file."""
+    pieces = _generated(3000)
+    device_config.path().parent.mkdir(parents=True)
+    accepted = 0
+    for name, host, profile in zip(*[iter(pieces)] * 3, strict=True):
+        body = {"devices": {name: {"ssh": host, "profile": profile}}}
+        device_config.path().write_text(json.dumps(body))  # every JSON is YAML
+        try:
+            (found,) = device_config.devices().values()
+        except UsageError as error:
+            assert error.message.isprintable()
+            continue
+        accepted += 1
+        assert (found.name, str(found.address), found.profile) == (name, host, profile)
+        assert ssh_argv(found.address or Address(""))[-2] == host.rpartition("@")[2]
+    assert accepted < 100
+
+
+def test_ssh_gets_these_arguments_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a program called ssh hears, word by word."""
+    (tmp_path / "ssh").write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"with open({str(tmp_path / 'heard')!r}, 'a') as file:\n"
+        "    print('ssh', *sys.argv[1:], sep='\\n', end='\\n\\n', file=file)\n"
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for text in GOOD:
+        with pytest.raises(ConnectError):
+            open_target(text)
+    heard = (tmp_path / "heard").read_text().strip("\n").split("\n\n")
+    golden = GOLDEN.read_text().strip("\n").split("\n\n")
+    assert [list(map(repr, one.split("\n"))) for one in heard] == [
+        one.split("\n") for one in golden
+    ]
 
 
 def test_ssh_itself_takes_them_for_hosts_and_runs_nothing(tmp_path: Path) -> None:

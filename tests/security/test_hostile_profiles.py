@@ -13,7 +13,7 @@ from edgekit import _yaml, device
 from edgekit.errors import EdgekitError, ProfileError
 
 SOUND = _yaml.dump(sample.body())
-_GENERATED = 500
+_GENERATED = 1000
 
 
 def _bomb(levels: int) -> str:
@@ -79,6 +79,26 @@ HANDMADE = {
     "a shell in a name": SOUND.replace("name: tiny", "name: $(touch hacked)"),
     "an escape sequence": SOUND.replace("Tiny board", '"\\e]0;hacked\\a"'),
     "text from right to left": SOUND.replace("Tiny board", '"a\\u202eb"'),
+    "a host": SOUND + "ssh: pi@kitchen.local\n",
+    "a command": SOUND + "run: touch hacked\n",
+    "a command where a figure belongs": SOUND.replace("value: 1024", 'value: "$(touch hacked)"'),
+    "a list where a figure belongs": SOUND.replace("value: 1024", "value: [1024]"),
+    "a figure of nothing": SOUND.replace("value: 1024", "value: null"),
+    "a figure below zero": SOUND.replace("value: 1024", "value: -1"),
+    "no memory at all": SOUND.replace("value: 1024", "value: 0"),
+    "an octal that looks like a number": SOUND.replace("value: 1024", "value: 0o2000"),
+    "a source of its own making": SOUND.replace("source: assumed", "source: certain", 1),
+    "no source": SOUND.replace("source: assumed", "", 1),
+    "a source without an end": SOUND.replace("from: ", "from: " + "x" * 500, 1),
+    "a feature that no engine knows": SOUND.replace("NEON", "__import__"),
+    "a name of another file": SOUND.replace("name: tiny", "name: rpi5/../tiny"),
+    "a name with an end of line": SOUND.replace("name: tiny", 'name: "tiny\\n-o"'),
+    "a name that is empty": SOUND.replace("name: tiny", 'name: ""'),
+    "an architecture that wheels are not for": SOUND.replace(
+        "architecture: aarch64", "architecture: vax"
+    ),
+    "two documents": SOUND + "---\n" + SOUND,
+    "a directive": "%TAG ! tag:example.org,2000:\n---\n" + SOUND.replace(": tiny", ": !x tiny"),
 }
 
 
@@ -87,6 +107,7 @@ def test_what_is_no_profile_is_refused_and_nothing_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    assert HANDMADE[name] != SOUND
     with pytest.raises(ProfileError) as caught:
         device.parse(HANDMADE[name], origin="bad.yaml")
     assert str(caught.value).startswith("bad.yaml")
