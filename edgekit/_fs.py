@@ -196,7 +196,7 @@ def staged(out: Path, *, owns: Callable[[Path], bool]) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             _recover(out)
             if os.path.islink(out) or (os.path.exists(out) and not owns(out)):
                 raise UsageError(
@@ -217,7 +217,7 @@ def scratch(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path), _fresh(partial):
+        with locked(path), _fresh(partial):
             yield partial
 
 
@@ -234,8 +234,11 @@ def _fresh(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold ``.<out>.lock``; the kernel frees it when the process dies, however it dies."""
+def locked(out: Path) -> Iterator[None]:
+    """Hold ``.<out>.lock``; the kernel frees it when the process dies, however it dies.
+
+    Raises UsageError while another process holds it.
+    """
     lock = out.with_name(f".{out.name}.lock")
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -255,6 +258,11 @@ def _locked(out: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, whatever of it is still there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def home(kind: str) -> Path:

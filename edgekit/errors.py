@@ -15,6 +15,7 @@ Knows no library and no format; it never catches anything itself.
       DeviceError                      8   ConnectError HostKeyError TransferError
                                            RemoteCommandError DoesNotFitError
       ServerError                      9   QueueFullError TooLargeError NotAllowedError
+      TrainError                      10   DataError DivergedError
 """
 
 from __future__ import annotations
@@ -195,3 +196,17 @@ class TooLargeError(ServerError):
 
 class NotAllowedError(ServerError):
     """The request is not permitted."""
+
+
+class TrainError(EdgekitError):
+    """A training run cannot start or go on; its last good checkpoint is kept."""
+
+    exit_code = 10
+
+
+class DataError(TrainError):
+    """The data to train on are missing, empty, broken, or labelled with what does not exist."""
+
+
+class DivergedError(TrainError):
+    """The loss is no number any more."""

@@ -208,7 +208,7 @@ def export(
             f"these options do not repeat the earlier export: {_difference(was, now)}",
             hint="give the calibration text and the adapter that the earlier export used",
         )
-    if source.kind == "hf" and _inside(source.path, out):
+    if source.kind in ("hf", "run") and _inside(source.path, out):
         raise UsageError(f"--out {out} lies inside the model's own folder")
     beside = max(plan.scratch_bytes, plan.reference_bytes if receipt else 0)
     _fs.require_space(out.absolute(), plan.size_bytes + beside)

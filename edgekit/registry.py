@@ -74,16 +74,19 @@ class Shelf(Mapping[str, str]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def load(self, name: str) -> Any:
-        """Import and return what ``name`` stands for.
-
-        Raises UnknownNameError (with a near name as the hint) when no row has that name, and
-        MissingExtraError when a package that it needs is not installed.
-        """
+    def check(self, name: str) -> None:
+        """Raises UnknownNameError (with a near name as the hint) when no row has that name."""
         if name not in list(self):
             raise UnknownNameError(
                 f"no {self.noun} is called '{name}'", hint=did_you_mean(name, list(self))
             )
+
+    def load(self, name: str) -> Any:
+        """Import and return what ``name`` stands for.
+
+        Raises UnknownNameError, and MissingExtraError when a package that it needs is missing.
+        """
+        self.check(name)
         return load(self[name], extra=self._extras.get(name, self.extra))
 
     def installed(self, name: str) -> bool:
@@ -150,4 +153,24 @@ GGUF_FAMILIES = Shelf(
         "gpt2": "edgekit.exporters.arch.gpt2:Gpt2",
     },
     extra="export",
+)
+
+# What `edgekit train` knows: objects of training/recipe.py, with their settings and functions.
+RECIPES = Shelf(
+    "training recipe",
+    "edgekit.recipes",
+    {
+        "minimal": "edgekit.training.minimal:RECIPE",
+    },
+    extra="train",
+)
+
+# Who builds the network of a run's folder (network_folder.py) from its config.
+NETWORKS = Shelf(
+    "network of a training run",
+    "edgekit.networks",
+    {
+        "minimal": "edgekit.training.minimal:build",
+    },
+    extra="train",
 )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekit import _fs, hub, model_folder
+from edgekit import _fs, hub, model_folder, network_folder
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import (
     SourceError,
@@ -77,9 +77,10 @@ def _bytes_type(tensor: Any) -> Any:
 class ModelSource:
     """A checked model on this disk, or in memory.
 
-    ``kind`` is "hf" (a Hugging Face folder; ``path`` is the folder), "gguf" or "onnx" (``path`` is
-    the file), "python" (``path`` is a file of the user's own whose function ``function`` returns a
-    torch module and its example inputs) or "module" (``module`` holds both; there is no path).
+    ``kind`` is "hf" (a Hugging Face folder; ``path`` is the folder), "run" (the folder of a
+    training run, with a network of edgekit's own), "gguf" or "onnx" (``path`` is the file),
+    "python" (``path`` is a file of the user's own whose function ``function`` returns a torch
+    module and its example inputs) or "module" (``module`` holds both; there is no path).
     ``family`` is ``model_type`` of config.json, ``general.architecture`` of a GGUF, "onnx", or the
     class of a module. ``files`` are names relative to the folder. ``quantized`` names the type of
     weights that are already quantized (``Q4_1``), else None. ``revision`` is the hub's commit if it
@@ -99,7 +100,7 @@ class ModelSource:
 
     def file_path(self, name: str) -> Path:
         """Where one of ``files`` lies."""
-        folder = self.path if self.kind == "hf" else self.path.parent
+        folder = self.path if self.kind in ("hf", "run") else self.path.parent
         return _fs.contained(folder, name)
 
     @property
@@ -130,11 +131,12 @@ def source(
 ) -> ModelSource:
     """Find and check a model.
 
-    ``spec`` is, in this order: a built-in name (``smollm2-135m``), a path (a Hugging Face folder, a
-    ``.gguf`` or ``.onnx`` file, an edgekit artifact that holds a GGUF), a function in a Python file
-    of your own (``file.py:function``, which returns a torch module and its example inputs), or a
-    hub id (``org/name``), for which ``revision`` is a branch, tag or commit ("main" by default) and
-    which is downloaded once. ``on_progress`` hears the download.
+    ``spec`` is, in this order: a built-in name (``smollm2-135m``), a path (a Hugging Face folder,
+    the folder of a training run, a ``.gguf`` or ``.onnx`` file, an edgekit artifact that holds a
+    GGUF), a function in a Python file of your own (``file.py:function``, which returns a torch
+    module and its example inputs), or a hub id (``org/name``), for which ``revision`` is a branch,
+    tag or commit ("main" by default) and which is downloaded once. ``on_progress`` hears the
+    download.
 
     Raises SourceError and its kin (exit code 4), ArtifactError for a broken artifact,
     MissingExtraError when the package that talks to the hub is not installed.
@@ -229,6 +231,8 @@ def _from_path(name: str, path: Path) -> ModelSource:
 
 
 def _from_folder(name: str, path: Path) -> ModelSource:
+    if network_folder.is_one(path):
+        return _from_run(name, path.resolve())
     folder = model_folder.read(path.resolve())
     return ModelSource(
         spec=name,
@@ -237,6 +241,18 @@ def _from_folder(name: str, path: Path) -> ModelSource:
         family=folder.family,
         files=folder.files,
         config=folder.config,
+    )
+
+
+def _from_run(name: str, path: Path) -> ModelSource:
+    found = network_folder.read(path)
+    return ModelSource(
+        spec=name,
+        kind="run",
+        path=path,
+        family=found.network,
+        files=(network_folder.FILE, network_folder.WEIGHTS),
+        config=found.config,
     )
 
 

@@ -82,7 +82,7 @@ class OnnxExporter:
 
     def _with_module(self, source: ModelSource) -> ModelSource:
         """A user's function is called once: another call might give other weights."""
-        if source.kind != "python":
+        if source.kind not in ("python", "run"):
             return source
         self._own = self._own or torch_model.own_module(source)
         return replace(source, module=self._own)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgekit import network_folder
 from edgekit.errors import (
     EdgekitError,
     ExportError,
@@ -26,7 +27,7 @@ from edgekit.errors import (
 from edgekit.formats import json_file
 from edgekit.formats.foreign import shown
 from edgekit.preprocess import Preprocessing, of_folder, of_image
-from edgekit.registry import did_you_mean
+from edgekit.registry import NETWORKS, did_you_mean
 from edgekit.source import ModelSource, TorchModule
 
 # model_type of config.json -> what such a model reads.
@@ -213,8 +214,27 @@ def _named_output(torch: Any, model: Any, inputs: tuple[str, ...], output: str) 
 
 
 def own_module(source: ModelSource) -> TorchModule:
-    """The module in memory, or what the user's own function returns; that runs each time."""
-    return source.module or _of_function(source)
+    """The module in memory, that of a training run, or what the user's own function returns; that
+    runs each time.
+    """
+    return source.module or (_of_run(source) if source.kind == "run" else _of_function(source))
+
+
+def _of_run(source: ModelSource) -> TorchModule:
+    """The network that edgekit's own builder makes of the folder's config, with its weights."""
+    torch = _torch()
+    from safetensors.torch import load_file
+
+    found = network_folder.read(source.path)
+    build = NETWORKS.load(found.network)
+    with _failing(f"{source.spec} cannot be built"):
+        # Sizes first, without memory: a config may ask for anything.
+        with torch.device("meta"):
+            shapes = {n: tuple(t.shape) for n, t in build(found.config).state_dict().items()}
+        network_folder.check_weights(source.path, shapes)
+        module = build(found.config)
+        module.load_state_dict(load_file(source.path / network_folder.WEIGHTS))
+    return TorchModule(module.eval(), (torch.zeros(found.input_shape),), found.preprocess)
 
 
 def _of_function(source: ModelSource) -> TorchModule:

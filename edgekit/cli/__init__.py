@@ -27,6 +27,7 @@ VERBS = {
     "bench": "Measure load times, speeds and memory of MODELs, and say what bounds them.",
     "plan": "Does MODEL fit a device, and how fast will it be? Needs neither of them.",
     "devices": "Boards: what they are, and which are yours.",
+    "train": "Train a small model by RECIPE, into a folder that `edgekit export` takes.",
     "convert": "Turn a GGUF file into a Hugging Face folder.",
     "doctor": "Show what this machine offers, and what the engine makes of it.",
     "completion": "Print the completion script for a shell.",

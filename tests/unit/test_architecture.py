@@ -28,6 +28,7 @@ _FLOORS = """
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
 2  tensor_types model_shape vision_cost onnx_shapes onnx_cost
 4  predictor plan_memory plan_validate remote remote_tensors far_side wheelhouse device_setup
+2  network_folder
 4  peak_loops proof_tensors latency latency_files
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 4  planned_model vision_predictor measured_profile device_probe storage bench_prediction
@@ -48,6 +49,8 @@ DOORS = {
     "edgekit.sample_inputs": {"numpy"},
 }
 LAZY = ("numpy", "torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "transformers")
+# What the files of training/ may import at load time: they are loaded by name, and no one else's.
+TRAINS = {"torch", "accelerate", "safetensors", "numpy", "tokenizers", "transformers"}
 RUNS_CODE = (
     "pickle",
     "cPickle",
@@ -149,6 +152,24 @@ def test_shelves_meet_only_in_the_artifact(module: str) -> None:
             assert parts[1] == shelf, f"{module} -> {name}"
 
 
+def test_what_trains_is_loaded_by_name() -> None:
+    """Networks are classes, so training imports torch: nobody else loads it by importing that."""
+    heavy = {
+        module
+        for module in FILES
+        if module.startswith("edgekit.training.")
+        and any(name.partition(".")[0] in TRAINS and not late for name, late in _imports(module))
+    }
+    assert heavy
+    while more := {
+        module
+        for module in FILES
+        if module not in heavy and any(n in heavy and not late for n, late in _imports(module))
+    }:
+        heavy |= more
+    assert all(module.startswith("edgekit.training.") for module in heavy)
+
+
 def test_no_import_circle_at_load_time() -> None:
     edges = {
         module: [name for name, late in _imports(module) if not late and name in FILES]
@@ -178,7 +199,9 @@ def test_lower_floors_and_the_command_line_import_no_engine(module: str) -> None
         package = name.partition(".")[0]
         if package in allowed or package in sys.stdlib_module_names or floor == 3:
             continue
-        if floor == 4:
+        if module.startswith("edgekit.training."):
+            assert late or package in TRAINS, f"{module} imports {package} at load time"
+        elif floor == 4:
             assert late, f"{module} imports {package} at load time"
         else:
             assert late and package in DOORS.get(module, set()), f"{module} imports {package}"

@@ -1,0 +1,137 @@
+"""`edgekit train`: parse, call, render."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekit.cli import show
+from edgekit.errors import UsageError
+from edgekit.registry import RECIPES, load
+from edgekit.training.catalogue import CATALOGUE, Entry
+
+_TICK_S, _LINE_S = 0.2, 10.0
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--list", "listing", is_flag=True, help="The recipes, or the settings of RECIPE.")
+@click.option(
+    "--set",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the recipe; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run (default build/RECIPE).",
+)
+@click.option("--resume", is_flag=True, help="Go on where an earlier run was stopped, or start.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def command(
+    recipe: str | None,
+    listing: bool,
+    pairs: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train a small model by RECIPE, into a folder that `edgekit export` takes.
+
+    \b
+    edgekit train --list
+    edgekit train minimal --list
+    edgekit train minimal --set data=photos/ --set steps=2000 --out build/photos
+    edgekit train minimal --out build/minimal --resume
+    """
+    if listing:
+        if out or resume:
+            raise UsageError("--list trains nothing: --out and --resume mean nothing with it")
+        return _settings(recipe, pairs, as_json) if recipe else _recipes(as_json)
+    if recipe is None:
+        raise UsageError("which recipe?", hint="edgekit train --list")
+    RECIPES.check(recipe)
+    train: Callable[..., dict[str, Any]] = load("edgekit.training.recipe:train", extra="train")
+    say = _Line(quiet=as_json)
+    out = out or Path("build") / recipe
+    try:
+        body = train(recipe, pairs, out.absolute(), resume=resume, say=say)
+    finally:
+        say.close()
+    if as_json:
+        return show.as_json({"path": str(out), **body})
+    _render(out, body)
+
+
+def _recipes(as_json: bool) -> None:
+    entries = {name: CATALOGUE.get(name, Entry("(from another package)")) for name in RECIPES}
+    if as_json:
+        return show.as_json({name: vars(entry) for name, entry in entries.items()})
+    show.table(
+        [(name, entry.about, entry.measured or "-") for name, entry in entries.items()],
+        head=("recipe", "what it makes", "measured"),
+    )
+
+
+def _settings(recipe: str, pairs: tuple[str, ...], as_json: bool) -> None:
+    found = RECIPES.load(recipe)
+    rows, with_pairs = (
+        load(f"edgekit.training.settings:{name}", extra="train") for name in ("rows", "with_pairs")
+    )
+    settings = with_pairs(found.settings, pairs)
+    if as_json:
+        return show.as_json(settings.to_dict())
+    show.table(rows(settings), head=("setting", "value", "what it is"))
+
+
+def _render(out: Path, body: dict[str, Any]) -> None:
+    load_columns, parse = (
+        load(f"edgekit.training.report:{name}", extra="train") for name in ("columns", "parse")
+    )
+    report = parse(body)
+    head, rows = load_columns(report)
+    show.table(rows, head=head)
+    for remark in report.remarks:
+        click.echo(remark)
+    click.echo(f"the run is in {out}; edgekit export takes it")
+
+
+class _Line:
+    """Where the training stands: one line that is redrawn on a terminal, else one now and then."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._redraws = sys.stderr.isatty()
+        self._shown_s = 0.0
+        self._open = False
+
+    def __call__(self, status: Any) -> None:
+        now_s = time.monotonic()
+        wait_s = _TICK_S if self._redraws else _LINE_S
+        last = status.step == status.steps
+        if self._quiet or (now_s - self._shown_s < wait_s and not last):
+            return
+        self._shown_s = now_s
+        left_s = round(status.left_s)
+        text = (
+            f"{status.phase} {status.step}/{status.steps}  loss {status.loss:.4f}"
+            f"  lr {status.lr:.2g}  {status.per_s:,.0f} {status.unit}/s"
+            f"  {left_s // 60}:{left_s % 60:02} left"
+        )
+        if self._redraws:
+            click.echo(f"\r\033[K{text}", nl=last, err=True)
+            self._open = not last
+        else:
+            click.echo(text, err=True)
+
+    def close(self) -> None:
+        if self._open:
+            click.echo("", err=True)
+            self._open = False

@@ -1,0 +1,23 @@
+"""What each recipe is, in a line, and what it has reached: the rows of ``edgekit train --list``.
+
+Knows words and figures alone, so that a list needs no torch. Every figure was printed by the
+command that stands beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``measured`` is a result in a few words, and ``command`` what printed it; empty: not yet."""
+
+    about: str
+    measured: str = ""
+    command: str = ""
+
+
+CATALOGUE = {
+    "minimal": Entry("Smallest image classifier by constraint: shifts and 1x1 convolutions only."),
+}

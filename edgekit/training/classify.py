@@ -1,0 +1,97 @@
+"""What the recipes for image classifiers share: the loss, the augmentation, the figures on a test.
+
+Knows logits and labels; never a network's inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from edgekit.training.images import Images, Labelled
+from edgekit.training.trainer import Batch, Loss
+
+_EVAL_BATCH = 500
+
+
+def loss_of(data: Labelled, *, smoothing: float, shift: int, flip: bool, turn: float = 0.0) -> Loss:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7), summed over the images
+    of a batch, which are augmented first.
+    """
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        pixels, classes = batch
+        inputs = augmented(data.normalized(pixels), shift=shift, flip=flip, turn=turn)
+        logits = model(inputs).float()
+        return F.cross_entropy(logits, classes, reduction="sum", label_smoothing=smoothing)
+
+    return loss
+
+
+def augmented(images: torch.Tensor, *, shift: int, flip: bool, turn: float) -> torch.Tensor:
+    """Each image moved by up to ``shift`` pixels, mirrored in half of the cases if ``flip``, turned
+    by up to ``turn`` degrees and scaled by up to a tenth if ``turn``; edges are repeated.
+
+    Float [batch, channels, height, width]; random by torch's generator.
+    """
+    count, _, height, width = images.shape
+    options = {"device": images.device}
+    if turn:
+        angle = (torch.rand(count, **options) * 2 - 1) * turn * torch.pi / 180
+        scale = 1 + (torch.rand(count, 2, **options) * 2 - 1) * 0.1
+        moved = (torch.rand(count, 2, **options) * 2 - 1) * 2 * shift / width
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        rows = [
+            torch.stack([cos * scale[:, 0], -sin * scale[:, 1], moved[:, 0]], 1),
+            torch.stack([sin * scale[:, 0], cos * scale[:, 1], moved[:, 1]], 1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    elif shift:
+        wide = F.pad(images, (shift,) * 4, mode="replicate")
+        y = torch.randint(0, 2 * shift + 1, (count, 1, 1, 1), **options)
+        x = torch.randint(0, 2 * shift + 1, (count, 1, 1, 1), **options)
+        rows_at = y + torch.arange(height, **options).view(1, 1, -1, 1)
+        columns_at = x + torch.arange(width, **options).view(1, 1, 1, -1)
+        number = torch.arange(count, **options).view(-1, 1, 1, 1)
+        channel = torch.arange(images.shape[1], **options).view(1, -1, 1, 1)
+        images = wide[number, channel, rows_at, columns_at]
+    if flip:
+        mirrored = torch.rand(count, 1, 1, 1, **options) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
+    return images
+
+
+def evaluation(data: Labelled, images: Images) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """A function that gives "loss" (cross-entropy in nats) and "accuracy" on ``images``."""
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        total, right = 0.0, 0
+        for logits, classes in _answers(model, data, images):
+            total += float(F.cross_entropy(logits, classes, reduction="sum"))
+            right += int((logits.argmax(1) == classes).sum())
+        return {"loss": total / len(images), "accuracy": right / len(images)}
+
+    return evaluate
+
+
+@torch.no_grad()
+def right(model: torch.nn.Module, data: Labelled, images: Images) -> list[bool]:
+    """Whether the model is right on each image: what a paired comparison of two models needs."""
+    model.eval()
+    hits = [logits.argmax(1) == classes for logits, classes in _answers(model, data, images)]
+    found: list[bool] = torch.cat(hits).tolist()
+    return found
+
+
+def _answers(
+    model: torch.nn.Module, data: Labelled, images: Images
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits and classes of one batch after the other."""
+    device = next(model.parameters()).device
+    for start in range(0, len(images), _EVAL_BATCH):
+        pixels = images.pixels[start : start + _EVAL_BATCH].to(device)
+        classes = images.classes[start : start + _EVAL_BATCH].to(device)
+        yield model(data.normalized(pixels)).float(), classes

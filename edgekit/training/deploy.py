@@ -1,0 +1,47 @@
+"""What a trained model is worth here: exported, and timed in turn with what it is compared to.
+
+Knows exports and benches by their public functions; never how a model was trained.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgekit import _fs, latency
+from edgekit.exporter import export
+from edgekit.training.run import Run
+
+Fill = Callable[[Path], None]
+_TURNS = 5
+
+
+def figures(
+    run: Run, models: Mapping[str, Fill], *, types: Mapping[str, str] | None = None
+) -> dict[str, dict[str, float]]:
+    """For each of ``models`` (a name, and what fills its folder): ``onnx_bytes``, and the median
+    ``latency_ms`` of one input on one thread of ONNX Runtime, all models in turn. ``types`` are
+    other types of the artifact than F32. Only the main process measures; others get nothing.
+    """
+    if not run.main:
+        return {}
+    artifacts = {}
+    for name, fill in models.items():
+        folder, out = run.work / f"deploy-{name}", run.work / f"deploy-{name}-onnx"
+        _fs.remove_tree(folder)
+        folder.mkdir(parents=True)
+        fill(folder)
+        kind = (types or {}).get(name, "F32")
+        artifacts[name] = export(folder, "onnx", out=out, type=kind, receipt=False)
+    report = latency.latency(
+        *artifacts.values(), threads=(1,), repetitions=_TURNS, probe_limits=False
+    )
+    found = {}
+    for (name, artifact), row in zip(artifacts.items(), report.rows, strict=True):
+        runs = [each for turn in row.turns_ms for each in turn]
+        found[name] = {
+            "onnx_bytes": float(artifact.size_bytes),
+            "latency_ms": statistics.median(runs),
+        }
+    return found

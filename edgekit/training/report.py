@@ -1,0 +1,157 @@
+"""What a training run found: settings, phases, the table of results; as JSON and as Markdown.
+
+Knows the report's form; never how anything was trained or measured.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit import typed_json
+from edgekit.errors import SourceError
+from edgekit.formats import json_file
+from edgekit.report import MachineFacts
+
+FILE = "training.json"
+PAGE = "training.md"
+_SCHEMA = 1
+_MAX_BYTES = 8 << 20
+_SHARES = ("accuracy", "share", "mfu", "low", "high", "difference")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One ``fit``: its steps and seconds, and what its last evaluation found."""
+
+    name: str
+    steps: int
+    samples: int
+    seconds: float
+    per_s: float
+    unit: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table: a model, and its figures by name, units in the names."""
+
+    name: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Figures:
+    recipe: str
+    about: str
+    taken_at: str
+    edgekit: str
+    versions: dict[str, str]
+    machine: MachineFacts
+    processes: int
+    device: str
+    phases: tuple[Phase, ...]
+    results: tuple[Result, ...]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainingReport(_Figures):
+    """``results`` hold the model that the folder has, first, and what it is compared with.
+    ``remarks`` are sentences: what a reader must know to believe the table. ``settings`` are the
+    recipe's own, each by its name.
+    """
+
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"schema": _SCHEMA, **typed_json.write(self)}
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is what a finished run left: only such a one is ever replaced."""
+    return (folder / FILE).is_file()
+
+
+def columns(report: TrainingReport) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of results, as text."""
+    names = list(dict.fromkeys(name for row in report.results for name in row.figures))
+    rows = [
+        [
+            row.name,
+            *(shown(name, row.figures[name]) if name in row.figures else "-" for name in names),
+        ]
+        for row in report.results
+    ]
+    return ["model", *(name.replace("_", " ") for name in names)], rows
+
+
+def shown(name: str, value: float) -> str:
+    """A figure as people read it: shares in per cent, counts whole, the rest in four digits."""
+    if any(word in name.split("_") for word in _SHARES):
+        return f"{100 * value:.2f}%"
+    if value == int(value) and abs(value) >= 100:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def markdown(report: TrainingReport) -> str:
+    """The report as a page."""
+    head, rows = columns(report)
+    lines = [f"# {report.recipe}", "", report.about, ""]
+    lines += _table(head, rows)
+    lines += ["", *(f"- {remark}" for remark in report.remarks), ""]
+    lines += ["## Phases", ""]
+    phases = [
+        [
+            each.name,
+            str(each.steps),
+            f"{each.samples:,}",
+            f"{each.seconds:.0f}",
+            f"{each.per_s:,.0f} {each.unit}/s",
+            ", ".join(f"{name} {shown(name, value)}" for name, value in each.figures.items()),
+        ]
+        for each in report.phases
+    ]
+    lines += _table(["phase", "steps", "samples", "seconds", "speed", "held out"], phases)
+    where = f"{report.machine.cpu or report.machine.architecture}, {report.device}"
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines += [
+        "",
+        f"Taken at {report.taken_at} on {where}, {report.processes} process(es); edgekit"
+        f" {report.edgekit}, {versions}.",
+        "",
+        "## Settings",
+        "",
+        "```",
+        *(f"{name}={value}" for name, value in report.settings.items()),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The JSON of a finished run's report. Raises SourceError where there is none."""
+    return dict(json_file.read(folder / FILE, _MAX_BYTES))
+
+
+def parse(body: dict[str, Any]) -> TrainingReport:
+    """The report of a ``to_dict``. Raises SourceError for another form."""
+    try:
+        fields = {name: value for name, value in body.items() if name not in ("schema", "settings")}
+        found = typed_json.read(_Figures, fields, FILE)
+        return TrainingReport(settings=dict(body["settings"]), **vars(found))
+    except (typed_json.Mismatch, KeyError, TypeError) as error:
+        raise SourceError(f"{FILE} is no report of a training run: {error}"[:200]) from None

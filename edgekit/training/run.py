@@ -1,0 +1,193 @@
+"""A run from its settings to its folder: where its work lies, what is kept, how it goes on.
+
+Knows folders, processes and the report; never what a recipe trains. The work lies in
+``<out>.training`` until the folder ``<out>`` appears, whole, in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from edgekit import __version__, _fs, machine
+from edgekit.errors import MissingExtraError, RecipeError, UsageError
+from edgekit.formats import json_file
+from edgekit.report import machine_facts
+from edgekit.training import curves, report, trainer
+from edgekit.training.catalogue import CATALOGUE
+from edgekit.training.report import Phase, Result, TrainingReport
+from edgekit.training.settings import Settings, difference
+from edgekit.training.trainer import Fitted, Say, Task
+
+_SETTINGS = "settings.json"
+_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
+
+
+@dataclass
+class Run:
+    """An open run. ``work`` is its scratch folder, which lives until the run is finished;
+    ``accelerator`` knows the device and the processes.
+    """
+
+    recipe: str
+    out: Path
+    work: Path
+    accelerator: Accelerator
+    say: Say
+    _settings: dict[str, Any]
+    _fitted: list[tuple[Fitted, Settings]] = field(default_factory=list)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def fit(self, task: Task, settings: Settings) -> Fitted:
+        """Train ``task``, or take what an earlier start came to. Raises as trainer.fit."""
+        fitted = trainer.fit(task, settings, self.work / task.name, self.accelerator, self.say)
+        self._fitted.append((fitted, settings))
+        return fitted
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """A file or folder of the work that the main process makes once: ``make(partial)``."""
+        path = self.work / name
+        if self.main and not path.exists():
+            with _fs.scratch(path) as folder:
+                made = folder / name
+                make(made)
+                _fs.publish(made, path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def finish(
+        self,
+        fill: Callable[[Path], None],
+        results: Sequence[Result],
+        remarks: Sequence[str] = (),
+    ) -> TrainingReport:
+        """Make the folder of the run: ``fill(folder)`` writes the model, the rest is the report,
+        the curves as CSV and, where matplotlib is there, as PNG.
+        """
+        made = self._report(results, remarks)
+        if self.main:
+            with _fs.staged(self.out, owns=report.is_run) as folder:
+                fill(folder)
+                _fs.write_atomic(folder / report.FILE, made.to_bytes())
+                _fs.write_atomic(folder / report.PAGE, report.markdown(made).encode())
+                self._draw(folder)
+        self.accelerator.wait_for_everyone()
+        return made
+
+    def _draw(self, folder: Path) -> None:
+        fitted = [each for each, _ in self._fitted]
+        for each in fitted:
+            curves.write(folder / f"curve-{each.name}.csv", each.curve)
+        try:
+            curves.draw(
+                folder / "curves.png",
+                {each.name: each.curve for each in fitted},
+                {each.name: each.evaluations for each in fitted},
+            )
+        except MissingExtraError:
+            return  # the CSV files hold the same
+
+    def _report(self, results: Sequence[Result], remarks: Sequence[str]) -> TrainingReport:
+        return TrainingReport(
+            recipe=self.recipe,
+            about=CATALOGUE[self.recipe].about if self.recipe in CATALOGUE else "",
+            settings=self._settings,
+            taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            edgekit=__version__,
+            versions={"python": platform.python_version()} | {n: version(n) for n in _PACKAGES},
+            machine=machine_facts(machine.root()),
+            processes=self.accelerator.num_processes,
+            device=_device_name(self.accelerator.device),
+            phases=tuple(
+                Phase(
+                    each.name,
+                    each.steps,
+                    each.steps * settings.batch,
+                    each.seconds,
+                    each.per_s,
+                    each.unit,
+                    each.figures,
+                )
+                for each, settings in self._fitted
+            ),
+            results=tuple(results),
+            remarks=tuple(remarks),
+        )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{torch.get_num_threads()} threads of the CPU"
+
+
+@contextmanager
+def opened(recipe: str, settings: Settings, out: Path, *, resume: bool, say: Say) -> Iterator[Run]:
+    """A run into the folder ``out``. With ``resume`` it goes on where an earlier one was stopped,
+    or starts where there is none; without it, what an unfinished one left is in the way.
+
+    When the block ends well, the scratch folder goes. When it raises, the checkpoints stay.
+    Raises UsageError, RecipeError where the settings are not those of the run that is to go on.
+    """
+    work = out.with_name(out.name + ".training")
+    accelerator = _accelerator(settings)
+    if out.exists() and not report.is_run(out):
+        raise UsageError(
+            f"{out} exists and is no training run", hint="choose another --out, or move it away"
+        )
+    lock = _fs.locked(work) if accelerator.is_main_process else nullcontext()
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with lock:
+        if accelerator.is_main_process:
+            _begin(work, settings, resume)
+        accelerator.wait_for_everyone()
+        yield Run(recipe, out, work, accelerator, say, settings.to_dict())
+        if accelerator.is_main_process:
+            _fs.remove_tree(work)
+
+
+def stored(out: Path) -> dict[str, Any] | None:
+    """The settings of the unfinished run for ``out``, None where there is none."""
+    path = out.with_name(out.name + ".training") / _SETTINGS
+    return dict(json_file.read(path)) if path.is_file() else None
+
+
+def _begin(work: Path, settings: Settings, resume: bool) -> None:
+    path = work / _SETTINGS
+    if path.is_file():
+        if not resume:
+            raise UsageError(
+                f"{work} holds an unfinished run", hint="--resume goes on with it, or remove it"
+            )
+        if other := difference(json_file.read(path), settings.to_dict()):
+            raise RecipeError(
+                f"the run in {work} has other settings: {other}",
+                hint="--resume without --set takes those of the run",
+            )
+        return
+    _fs.write_atomic(path, (json.dumps(settings.to_dict(), indent=1) + "\n").encode())
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    """One for each run; the same numbers each time, on the CPU and on a GPU."""
+    # What makes matrix products on a GPU repeatable (torch's notes on reproducibility).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())

@@ -1,0 +1,73 @@
+"""Training that is killed, spread over processes, or fed with broken data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import picture_folder
+
+FORKS = Path(__file__).resolve().parents[1] / "training_forks.py"
+
+
+def forks(*arguments: str | Path | int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, FORKS, *map(str, arguments)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def curve(path: Path) -> list[list[str]]:
+    """All columns but the seconds, digit by digit."""
+    with path.open() as file:
+        return [row[:4] for row in csv.reader(file)]
+
+
+def killed_at_random_points(folder: Path, kills: int, recipe: str, *pairs: str) -> None:
+    found = forks("kill", folder, kills, 11, recipe, *pairs)
+    whole, cut = folder / "whole", folder / "cut"
+    assert found["ends"].count(-9) == kills
+    names = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in cut.iterdir()) == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+        if name.endswith(".csv"):
+            assert curve(whole / name) == curve(cut / name), name
+    results = [json.loads((run / "training.json").read_text())["results"] for run in (whole, cut)]
+    assert results[0] == results[1]
+    assert {path.name for path in folder.iterdir()} <= {"whole", "cut", "pictures"}
+
+
+def toy_minimal(folder: Path) -> list[str]:
+    pictures = picture_folder(folder / "pictures", each=40)
+    toy = ("side=8", "channels=1", "widths=10,20", "blocks=1,1", "flip=no", "shift=0")
+    more = ("steps=60", "batch=16", "eval_every=20", "checkpoint_every=7", "threads=1")
+    return [f"data={pictures}", *toy, *more, "latency=no"]
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    killed_at_random_points(tmp_path, 2, "minimal", *toy_minimal(tmp_path))
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    pairs = [pair for pair in toy_minimal(tmp_path) if not pair.startswith("steps")]
+    killed_at_random_points(tmp_path, 20, "minimal", *pairs, "steps=600")
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    found = forks("spread", tmp_path)
+    one = found.pop("one")
+    for name, other in found.items():
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-4), name
+        assert other["state"] == pytest.approx(one["state"], rel=1e-3, abs=1e-4), name
+    # A sharded run that was killed goes on as the one that was not.
+    assert found["stopped"]["losses"] == found["shards"]["losses"]

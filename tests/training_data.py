@@ -1,0 +1,66 @@
+"""Small data to train on: pictures of two kinds as a folder, and points that a net can learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edgekit.training.trainer import Batch
+
+
+def picture_folder(folder: Path, each: int = 30, side: int = 8) -> Path:
+    """Grey pictures of bars, upright and lying, with noise: one folder a kind."""
+    random = np.random.default_rng(0)
+    for kind in ("lying", "upright"):
+        (folder / kind).mkdir(parents=True)
+        for number in range(each):
+            pixels = random.integers(0, 80, (side, side), dtype=np.uint8)
+            at = int(random.integers(1, side - 1))
+            if kind == "lying":
+                pixels[at] = 255
+            else:
+                pixels[:, at] = 255
+            Image.fromarray(pixels).save(folder / kind / f"{number:03}.png")
+    return folder
+
+
+class Points:
+    """``count`` points of 6 numbers, and a wavy function of them to learn."""
+
+    def __init__(self, count: int = 96) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(count, 6, generator=generator)
+        self.y = torch.sin(self.x.sum(1, keepdim=True))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, numbers: torch.Tensor) -> Batch:
+        return self.x[numbers], self.y[numbers]
+
+
+def network() -> torch.nn.Module:
+    """Two layers of a list (what is sharded), with dropout: its randomness must resume too."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 32), torch.nn.Dropout(0.1), torch.nn.Linear(32, 32)]
+    return Layers(layers, torch.nn.Linear(32, 1))
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, layers: list[torch.nn.Module], last: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+        self.last = last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        found: torch.Tensor = self.last(x)
+        return found
+
+
+def square(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return (model(batch[0]) - batch[1]).square().sum()

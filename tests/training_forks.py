@@ -1,0 +1,150 @@
+"""A program that imports torch once and forks runs of a recipe, to be killed or to work together.
+
+    python training_forks.py kill OUT KILLS SEED RECIPE KEY=VALUE...   a run killed KILLS times
+    python training_forks.py spread OUT       points on one process, two copies, two shards
+
+Prints one JSON line. It never computes before it forks, for threads do not survive that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def forked(work: Callable[[], None], **env: str) -> int:
+    """The pid of a child that does ``work`` and ends."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ.update(env)
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(out: Path, kills: int, seed: int, recipe: str, pairs: list[str]) -> dict[str, Any]:
+    """A whole run into OUT/whole, then one into OUT/cut that is killed at random moments."""
+    from edgekit.registry import RECIPES
+    from edgekit.training.recipe import train
+
+    RECIPES.load(recipe)  # what it imports is imported once
+
+    def run(name: str) -> int:
+        return forked(
+            lambda: train(recipe, pairs, out / name, resume=True, say=lambda status: None) and None
+        )
+
+    started_s = time.monotonic()
+    assert ended(run("whole")) == 0
+    whole_s = time.monotonic() - started_s
+    moments = random.Random(seed)
+    reached: list[int] = []
+    while reached.count(-signal.SIGKILL) < kills:
+        if (out / "cut").exists():  # it came to its end before the kill: the next one starts anew
+            shutil.rmtree(out / "cut")
+        pid = run("cut")
+        time.sleep(moments.uniform(0.05, 0.9) * whole_s / max(1, kills / 3))
+        os.kill(pid, signal.SIGKILL)
+        reached.append(ended(pid))
+    assert ended(run("cut")) == 0
+    return {"ends": reached, "whole_s": whole_s}
+
+
+def spread(out: Path) -> dict[str, Any]:
+    """The same task on one process, on two with copies and on two with shards, and one stopped."""
+    import torch.distributed.fsdp
+    from training_data import Points, network, square
+
+    from edgekit.training import run, trainer
+    from edgekit.training.settings import Settings
+
+    def fit(name: str, parallel: Any, steps: int) -> None:
+        settings = Settings(
+            steps=20,
+            batch=16,
+            accumulate=2,
+            lr=1e-2,
+            ema=0.9,
+            checkpoint_every=5,
+            log_every=1,
+            parallel=parallel,
+            device="cpu",
+            threads=1,
+        )
+        model = network()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0  # it differs from process to process
+
+        def say(status: trainer.Status) -> None:
+            if status.step == steps:
+                os._exit(0)
+
+        accelerator = run._accelerator(settings)
+        task = trainer.Task("points", model, Points(), square, lambda model: {"loss": 0.0})
+        found = trainer.fit(task, settings, out / name, accelerator, say)
+        if accelerator.is_main_process:
+            state = {name: each.double().sum().item() for name, each in found.state.items()}
+            body = {"losses": [point[1] for point in found.curve], "state": state}
+            (out / f"{name}.json").write_text(json.dumps(body))
+
+    def together(name: str, parallel: str, processes: int, steps: int = 0) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        pids = [
+            forked(
+                lambda: fit(name, parallel, steps),
+                **(env if processes > 1 else {}),
+                **({"RANK": str(n), "LOCAL_RANK": str(n)} if processes > 1 else {}),
+                **({"LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}),
+            )
+            for n in range(processes)
+        ]
+        if steps:
+            assert ended(pids[0]) == 0
+            for pid in pids[1:]:
+                os.kill(pid, signal.SIGKILL)
+                ended(pid)
+        else:
+            ends = [ended(pid) for pid in pids]
+            assert ends == [0] * processes, ends
+
+    together("one", "data", 1)
+    together("copies", "data", 2)
+    together("shards", "fsdp", 2)
+    together("stopped", "fsdp", 2, steps=13)
+    together("stopped", "fsdp", 2)
+    names = ("one", "copies", "shards", "stopped")
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+
+
+if __name__ == "__main__":
+    verb, place, *rest = sys.argv[1:]
+    if verb == "kill":
+        answer = kill(Path(place), int(rest[0]), int(rest[1]), rest[2], rest[3:])
+    else:
+        answer = spread(Path(place))
+    print(json.dumps(answer))

@@ -1,0 +1,256 @@
+"""The trainer: the same numbers however a run is cut, stopped or spread; and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_data import Points, network, square
+
+from edgekit import _fs
+from edgekit.errors import (
+    CorruptArtifactError,
+    DataError,
+    DivergedError,
+    DoesNotFitError,
+    OutOfSpaceError,
+)
+from edgekit.training import checkpoint, memory, schedule, trainer
+from edgekit.training.settings import Settings
+from edgekit.training.trainer import Batch, Fitted, Status, Task
+
+SETTINGS = Settings(
+    steps=24,
+    batch=16,
+    lr=1e-2,
+    ema=0.9,
+    eval_every=6,
+    checkpoint_every=4,
+    log_every=1,
+    device="cpu",
+)
+
+
+class Killed(Exception):
+    """Stands for the process's end: nothing after the step runs."""
+
+
+def fit(place: Path, settings: Settings = SETTINGS, *, stop_at: int = 0, **changed: Any) -> Fitted:
+    def say(status: Status) -> None:
+        if status.step == stop_at:
+            raise Killed
+
+    task = Task("points", network(), Points(), square, loss_on_points)
+    return trainer.fit(replace(task, **changed), settings, place, Accelerator(cpu=True), say)
+
+
+def loss_on_points(model: torch.nn.Module) -> dict[str, float]:
+    points = Points()
+    return {"loss": (model(points.x) - points.y).square().mean().item()}
+
+
+def same(one: Fitted, other: Fitted) -> bool:
+    """Every number but the seconds, bit for bit."""
+    return (
+        [point[:4] for point in one.curve] == [point[:4] for point in other.curve]
+        and one.evaluations == other.evaluations
+        and all(torch.equal(one.state[name], other.state[name]) for name in one.state)
+    )
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    found = fit(tmp_path, replace(SETTINGS, steps=300, eval_every=0))
+    assert found.curve[0][1] > 0.4 and found.figures["loss"] < 0.1
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path) -> None:
+    one, again = fit(tmp_path / "a"), fit(tmp_path / "b")
+    other = fit(tmp_path / "c", replace(SETTINGS, seed=1))
+    assert same(one, again) and not same(one, other)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 13, 23])
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path: Path, stop_at: int) -> None:
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", stop_at=stop_at)
+    assert same(fit(tmp_path / "cut"), whole)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    whole = fit(tmp_path)
+    assert same(fit(tmp_path, stop_at=24), whole)
+
+
+def test_pieces_of_a_batch_add_up_to_the_batch(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, ema=0.0)
+    points = torch.nn.Linear(6, 1)  # without dropout, which differs from piece to piece
+    start = {name: each.clone() for name, each in points.state_dict().items()}
+    curves = []
+    for accumulate in (1, 3):
+        points.load_state_dict(start)
+        changed = replace(settings, accumulate=accumulate)
+        curves.append(fit(tmp_path / str(accumulate), changed, model=points).curve)
+    losses = [torch.tensor([point[1] for point in curve]) for curve in curves]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_patience_ends_a_run_and_keeps_the_best_weights(tmp_path: Path) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 0.0])
+    seen = []
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        seen.append({name: each.clone() for name, each in model.state_dict().items()})
+        return {"loss": next(losses)}
+
+    found = fit(tmp_path, replace(SETTINGS, eval_every=2, patience=2, ema=0.0), evaluate=evaluate)
+    assert found.steps == 8 and found.figures == {"loss": 1.0}
+    assert all(torch.equal(found.state[name], each) for name, each in seen[1].items())
+
+
+def test_averaged_weights_are_what_is_evaluated_and_returned(tmp_path: Path) -> None:
+    found = fit(tmp_path)
+    model = network()
+    model.load_state_dict(found.state)
+    assert loss_on_points(model.eval())["loss"] == pytest.approx(found.figures["loss"])
+    tensors, _ = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    last, average = (tensors[f"{kind}.last.weight"] for kind in ("model", "average"))
+    assert torch.equal(average, found.state["last.weight"]) and not torch.equal(last, average)
+
+
+def test_bf16_trains_with_weights_in_full(tmp_path: Path) -> None:
+    found = fit(tmp_path, replace(SETTINGS, precision="bf16"))
+    assert found.curve != fit(tmp_path / "fp32").curve
+    assert found.state["last.weight"].dtype == torch.float32
+    assert found.curve[-1][1] < found.curve[0][1]
+
+
+def test_a_checkpoint_is_plain_safetensors(tmp_path: Path) -> None:
+    fit(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    tensors, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {
+        *("model", "optimizer", "average", "curve")
+    }
+    assert body["step"] == 24 and body["done"]
+
+
+# What is refused, and what is kept
+
+
+def nan_after(step: int) -> Callable[..., torch.Tensor]:
+    seen = []
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        seen.append(len(batch[0]))
+        bad = seen.count(SETTINGS.batch) > step
+        return square(model, batch) * (float("nan") if bad else 1.0)
+
+    return loss
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DivergedError, match="step 7"):
+        fit(tmp_path, loss=nan_after(6))
+    _, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert body["step"] == 4
+    assert same(fit(tmp_path), fit(tmp_path / "whole"))
+
+
+def test_a_full_disk_ends_the_run_and_the_good_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, stop_at=5)
+    monkeypatch.setattr(_fs, "free_bytes", lambda path: 1000)
+    with pytest.raises(OutOfSpaceError) as caught:
+        fit(tmp_path)
+    assert "--resume" in str(caught.value.hint)
+    monkeypatch.undo()
+    assert same(fit(tmp_path), fit(tmp_path / "whole"))
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise checkpoint.SafetensorError(
+            f"Error while serializing: I/O error: No space left (os error {errno.ENOSPC})"
+        )
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OutOfSpaceError):
+        fit(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, stop_at=5)
+    path = tmp_path / "checkpoint.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(CorruptArtifactError):
+        fit(tmp_path)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, stop_at=5)
+    with pytest.raises(CorruptArtifactError, match="no checkpoint of this run"):
+        fit(tmp_path, model=torch.nn.Linear(6, 1))
+
+
+def test_no_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not one sample"):
+        fit(tmp_path, data=Points(0))
+
+
+def test_data_fewer_than_a_batch_are_gone_through_several_times(tmp_path: Path) -> None:
+    assert fit(tmp_path, data=Points(5)).steps == 24
+
+
+def test_what_does_not_fit_the_memory_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = 6 * 32 + 32 + 32 * 32 + 32 + 32 + 1
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 4 * weights + 10_000)
+    stepped = []
+    with pytest.raises(DoesNotFitError) as caught:
+        fit(tmp_path, evaluate=lambda model: stepped.append(1))
+    assert not stepped and not list(tmp_path.iterdir())
+    assert "activations" in caught.value.message and "16 samples" in caught.value.message
+    assert "accumulate=" in str(caught.value.hint)
+
+
+def test_the_sum_of_the_memory_counts_what_autograd_keeps() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8))
+
+    def forward(count: int) -> torch.Tensor:
+        return model(torch.zeros(count, 64)).sum()
+
+    found = memory.measure(model, forward, samples=100, averages=True, device=torch.device("cpu"))
+    weights = 4 * (64 * 256 + 256 + 256 * 8 + 8)
+    assert (found.gradients, found.optimizer, found.average) == (weights, 2 * weights, weights)
+    # The input of the first layer, and the output of tanh, which is the input of the last too.
+    assert found.per_sample == 4 * (64 + 256)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_the_learning_rate_rises_and_keeps_its_course(kind: Any) -> None:
+    settings = Settings(steps=100, warmup=0.1, schedule=kind, decay=0.2, min_lr=0.1)
+    factors = [schedule.factor(settings, step) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(factors) == pytest.approx(1.0) and min(factors[10:]) >= 0.1
+    ends = {"cosine": 0.1, "wsd": 0.145, "constant": 1.0}
+    assert factors[99] == pytest.approx(ends[kind], abs=1e-3)
+    assert (factors[79] == 1.0) == (kind != "cosine")
