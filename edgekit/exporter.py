@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from edgekit import __version__, _fs
 from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest, is_artifact
 from edgekit.errors import ParityError, RecipeError, UsageError
-from edgekit.receipt import PROVEN, Gates, Receipt, differences
+from edgekit.receipt import PROVEN, Gates, Receipt, Tuning, differences
 from edgekit.recipe import Recipe
 from edgekit.registry import EXPORTERS, PROOFS
 from edgekit.source import ModelSource, of_module
@@ -133,7 +133,7 @@ class Claim:
     """What a proof is about: ``product`` (with ``adapters`` beside it) does what ``source`` does,
     as far as its bits go. ``reference`` is a float file of the source. ``chunks`` of held-out text
     are read; None lets the proof choose, by the time that they take here. ``data`` is held-out data
-    of the user's own: a text file or a folder of images.
+    of the user's own: a text file or a folder of images. ``runtime`` None is the format's own.
     """
 
     source: ModelSource
@@ -143,6 +143,7 @@ class Claim:
     fallbacks: int
     chunks: int | None = None
     data: Path | None = None
+    runtime: str | None = None
 
 
 # A proof: measures everything and fills the receipt. Raises ParityError where the claim is false.
@@ -173,6 +174,7 @@ def export(
     receipt: bool = True,
     gates: Gates | None = None,
     eval_data: str | Path | None = None,
+    tuning: Tuning | None = None,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
@@ -184,8 +186,9 @@ def export(
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
     With ``receipt`` the output is proved before it is committed (docs/receipt.md), and must pass
     ``gates``; without it the manifest says "unproven". ``eval_data`` is what it is measured on
-    instead of the built-in inputs: a folder of images or a text file. ``expect`` is the manifest of
-    an earlier export that this one must repeat, byte for byte.
+    instead of the built-in inputs: a folder of images or a text file. ``tuning`` is what
+    ``edgekit.tune`` found: the receipt keeps it, and is measured in its runtime. ``expect`` is the
+    manifest of an earlier export that this one must repeat, byte for byte.
     Raises UsageError, SourceError, ExportError (ParityError and GateError among them),
     OutOfSpaceError, MissingExtraError, InferenceError.
     """
@@ -240,7 +243,7 @@ def export(
         if receipt:
             made = Artifact(folder, manifest)
             data = Path(eval_data) if eval_data is not None else None
-            proved = _prove(exporter, source, plan, made, folder, None, progress, data)
+            proved = _prove(exporter, source, plan, made, folder, None, progress, data, tuning)
         gates.check(proved, sum(file.size_bytes for file in manifest.files))
         proved = replace(proved, gates=gates.limits())
         manifest = replace(manifest, receipt=proved.to_dict())
@@ -257,6 +260,7 @@ def _prove(
     chunks: int | None,
     progress: Progress,
     data: Path | None = None,
+    tuning: Tuning | None = None,
 ) -> Receipt:
     """Measure ``artifact`` against the float model, which lies in ``folder`` meanwhile."""
     if artifact.format not in PROOFS:
@@ -274,8 +278,9 @@ def _prove(
         fallbacks=len(plan.fallbacks),
         chunks=chunks,
         data=data,
+        runtime=tuning.runtime if tuning else None,
     )
-    receipt = proof(claim, progress)
+    receipt = replace(proof(claim, progress), tuning=tuning)
     scratch.unlink(missing_ok=True)
     return receipt
 
@@ -363,7 +368,9 @@ def reprove(
     if was.agreement:
         chunks = was.agreement.samples
     with _fs.scratch(place) as folder:
-        now = _prove(exporter, source, plan, artifact, folder, chunks, progress, eval_data)
+        now = _prove(
+            exporter, source, plan, artifact, folder, chunks, progress, eval_data, was.tuning
+        )
     return now, differences(was, now)
 
 

@@ -6,7 +6,7 @@ Knows the order of the work and what makes it honest; never an engine, those run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -107,6 +107,7 @@ def latency(
     threads: Sequence[int] = (),
     batches: Sequence[int] = (1,),
     runtimes: Sequence[str] = (),
+    without: Collection[tuple[str, str]] = (),
     repetitions: int = _REPETITIONS,
     probe_limits: bool = True,
     profile: bool = False,
@@ -118,7 +119,7 @@ def latency(
     ``threads`` and ``runtimes`` () take what ``edgekit.load`` would. ``repetitions`` are turns of a
     second each, in which all settings alternate. ``probe_limits`` adds a verdict from this
     machine's measured limits; ``profile`` the time by kind of operator. ``names`` call the models
-    something else than their files do.
+    something else than their files do; ``without`` are (name, runtime) pairs to leave out.
     Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
     """
     _check(models, threads, batches, repetitions)
@@ -128,7 +129,15 @@ def latency(
     found = _opened(models, names, progress)
     operators: list[OperatorRow] = []
     with ExitStack() as children, telemetry.Recorder(root) as recorder:
-        sides = _sides(children, found, runtimes, threads, batches, progress)
+        plans = [
+            (model, runtime, count, batch)
+            for model in found
+            for runtime in (runtimes or (model.runtime,))
+            for count in (threads or (None,))
+            for batch in batches
+            if (model.facts.name, runtime) not in without
+        ]
+        sides = _sides(children, plans, progress)
         for turn in range(repetitions):
             for number, side in enumerate(sides if turn % 2 == 0 else reversed(sides)):
                 progress("measure", turn * len(sides) + number, repetitions * len(sides))
@@ -237,19 +246,9 @@ def _size(path: Path, header: onnx.OnnxHeader) -> int:
 
 def _sides(
     children: ExitStack,
-    models: Sequence[_Model],
-    runtimes: Sequence[str],
-    threads: Sequence[int],
-    batches: Sequence[int],
+    plans: Sequence[tuple[_Model, str, int | None, int]],
     progress: Progress,
 ) -> list[_Side]:
-    plans = [
-        (m, r, t, b)
-        for m in models
-        for r in (runtimes or (m.runtime,))
-        for t in (threads or (None,))
-        for b in batches
-    ]
     _check_memory([model for model, *_ in plans])
     sides: list[_Side] = []
     for number, (model, runtime, count, batch) in enumerate(plans):

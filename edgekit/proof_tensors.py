@@ -40,7 +40,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
     that does not suit it, InferenceError or MissingExtraError when the measuring itself fails.
     """
     steps = preprocess.beside(claim.product)
-    runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["onnx"])()
+    runtime = RUNTIMES.load(claim.runtime or RUNTIME_OF_FORMAT["onnx"])()
     progress("first load", 0, 2)
     try:
         product = runtime.load(claim.product, LoadParams())

@@ -85,6 +85,7 @@ ONNX_TYPES = (
     "F16",
     "dynamic_wi8_afp32",
     "static_wi8_ai8",
+    "weight_only_wi8_afp32",
     "weight_only_wi8b32",
     "weight_only_wi4b32",
 )

@@ -190,9 +190,9 @@ class Latency:
 @dataclass(frozen=True)
 class Variant:
     """One way that ``--optimize-for`` tried: a type in a runtime. ``ratio`` is how many times as
-    fast as float in the default runtime, from turns beside each other; ``same`` is the share of
-    inputs with the same class or nearest neighbour. ``why_not`` says what keeps it from being
-    chosen, "" for nothing.
+    fast as float in the runtime where that is fastest, from turns beside each other; ``slower``
+    is at least told. ``same`` is the share of inputs with the same class or nearest neighbour.
+    ``why_not`` says what it does not keep, "" for nothing.
     """
 
     type: str
@@ -203,13 +203,15 @@ class Variant:
     cosine: float
     same: float | None
     why_not: str = ""
+    slower: bool = False
 
 
 @dataclass(frozen=True)
 class Tuning:
     """What was tried on this machine, and which ``runtime`` the artifact is loaded in therefore.
 
-    ``goal`` is "latency", "size" or "accuracy".
+    ``goal`` is "latency", "size" or "accuracy"; ``refused`` are variants that an engine does not
+    run, with its words.
     """
 
     goal: str
@@ -217,6 +219,7 @@ class Tuning:
     threads: int
     cpu: str
     variants: tuple[Variant, ...]
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

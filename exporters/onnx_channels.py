@@ -22,12 +22,8 @@ _SHRINKS = np.linspace(1.0, 0.85, 7)  # parts of a channel's range that are trie
 def apply(graph: Graph, kept: set[str]) -> dict[str, Any]:
     """Rewrite every matrix product with constant weights, and every table; how many of each."""
     count = 0
-    for node in list(graph.nodes):
-        if node.op_type not in ("MatMul", "Gemm") or node.name in kept:
-            continue
+    for node in products(graph, kept):
         weights = graph.constant(node.input[1])
-        if weights is None or weights.ndim != 2 or weights.dtype != np.float32:
-            continue
         # The axis of outputs: the last, but where a Gemm turns its weights round.
         axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
         quantized, scales = quantize_channels(weights, axis)
@@ -44,6 +40,17 @@ def apply(graph: Graph, kept: set[str]) -> dict[str, Any]:
     tables = onnx_blocks.quantize_tables(graph, kept)
     graph.finish()
     return {"matrices": count, "tables": tables}
+
+
+def products(graph: Graph, kept: set[str]) -> list[Any]:
+    """The matrix products with constant float32 weights, but for ``kept``, by name."""
+    found = []
+    for node in graph.nodes:
+        if node.op_type in ("MatMul", "Gemm") and node.name not in kept:
+            weights = graph.constant(node.input[1])
+            if weights is not None and weights.ndim == 2 and weights.dtype == np.float32:
+                found.append(node)
+    return found
 
 
 def quantize_channels(weights: Any, axis: int) -> tuple[Any, Any]:

@@ -146,6 +146,12 @@ class Graph:
             self.nodes = kept
 
 
+def is_convolutional(path: Path) -> bool:
+    """Whether most of a file's products are convolutions: other forms of int8 suit those."""
+    kinds = [node.op_type for node in reader.read(path).nodes]
+    return kinds.count("Conv") > kinds.count("MatMul") + kinds.count("Gemm")
+
+
 def need_domain(model: Any, domain: str, version: int = 1) -> None:
     """Let the model use the operators of a domain."""
     if all(each.domain != domain for each in model.opset_import):

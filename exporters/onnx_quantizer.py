@@ -21,7 +21,13 @@ import onnxruntime
 
 from edgekit.errors import ExportError, RecipeError
 from edgekit.exporter import Progress
-from edgekit.exporters import onnx_blocks, onnx_graph, onnx_smoothing
+from edgekit.exporters import (
+    onnx_blocks,
+    onnx_channels,
+    onnx_graph,
+    onnx_products,
+    onnx_smoothing,
+)
 from edgekit.exporters.onnx_graph import Graph
 
 Feeds = Sequence[Mapping[str, Any]]
@@ -66,10 +72,16 @@ def quantize(
         elif scheme in _BLOCKS:
             model = onnx_graph.load(source)
             facts = onnx_blocks.apply(Graph(model), _BLOCKS[scheme], kept)
+        elif scheme == "weight_only_wi8_afp32":
+            model = onnx_graph.load(source)
+            facts = onnx_channels.apply(Graph(model), kept)
         elif scheme == "dynamic_wi8_afp32":
             model, facts = _dynamic(source, Path(folder), kept, samples)
-        else:
+        elif onnx_graph.is_convolutional(source):
             model, facts = _static(source, Path(folder), kept, samples, progress)
+        else:
+            with _failing():
+                model, facts = onnx_products.apply(onnx_graph.load(source), samples, kept, progress)
     onnx_graph.save(model, out)
     progress("quantize", 1, 1)
     return facts | {"kept_float": sorted(set(facts.get("kept_float", ())) | kept)}

@@ -25,20 +25,24 @@ _GAIN = 0.9  # of the error must be left at most, or the product stays as it is
 _TINY = 1e-6
 
 
-def apply(model: Any, samples: Feeds, kept: set[str], weight_bits: int) -> int:
+def apply(
+    model: Any, samples: Feeds, kept: set[str], weight_bits: int, *, one_range: bool = False
+) -> int:
     """Change ``model`` in place; how many inputs were smoothed.
 
-    ``kept`` are names of nodes that stay float, ``weight_bits`` those of a weight.
+    ``kept`` are names of nodes that stay float, ``weight_bits`` those of a weight. ``one_range``
+    says that an input will have one range in all runs, not a new one in each.
     """
     graph = Graph(model)
-    groups = _groups(graph, kept)
+    groups = groups_of(graph, kept)
     if not groups or not samples:
         return 0
-    rows, largest = _watched(model, samples, list(groups))
+    rows, largest = watched(model, samples, list(groups))
     changed = 0
     for name, nodes in groups.items():
         weights = [graph.constant(node.input[1]) for node in nodes]
-        factors = _best(rows[name], largest[name], weights, weight_bits)
+        seen = [np.concatenate(rows[name])] if one_range else rows[name]
+        factors = _best(seen, largest[name], weights, weight_bits)
         if factors is None:
             continue
         _insert(graph, name, nodes, weights, factors)
@@ -47,7 +51,7 @@ def apply(model: Any, samples: Feeds, kept: set[str], weight_bits: int) -> int:
     return changed
 
 
-def _groups(graph: Graph, kept: set[str]) -> dict[str, list[Any]]:
+def groups_of(graph: Graph, kept: set[str]) -> dict[str, list[Any]]:
     """Input -> the products of it with constant weights that nobody else reads."""
     found: dict[str, list[Any]] = {}
     for node in graph.nodes:
@@ -60,21 +64,21 @@ def _groups(graph: Graph, kept: set[str]) -> dict[str, list[Any]]:
     return {name: nodes for name, nodes in found.items() if graph.constant(name) is None}
 
 
-def _watched(
+def watched(
     model: Any, samples: Feeds, names: list[str]
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Input -> of some samples its rows, float32 [rows, channels]; and over all samples the
     largest value of each channel, for a single token may hold it.
     """
-    watched = type(model).FromString(model.SerializeToString())
-    known = {value.name for value in watched.graph.output}
+    copy = type(model).FromString(model.SerializeToString())
+    known = {value.name for value in copy.graph.output}
     for name in names:
         if name not in known:
-            watched.graph.output.append(helper.make_empty_tensor_value_info(name))
+            copy.graph.output.append(helper.make_empty_tensor_value_info(name))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     rows: dict[str, list[Any]] = {name: [] for name in names}
     largest: dict[str, Any] = {}

@@ -40,6 +40,7 @@ _WEIGHT_BYTES = {
     "F16": 2.0,
     "dynamic_wi8_afp32": 1.0,
     "static_wi8_ai8": 1.0,
+    "weight_only_wi8_afp32": 1.0,
     "weight_only_wi8b32": 1.125,
     "weight_only_wi4b32": 0.625,
 }
@@ -235,8 +236,7 @@ def _companions(
 def _is_convolutional(source: ModelSource) -> bool:
     if source.kind != "onnx":
         return torch_model.is_convolutional(source)
-    kinds = [node.op_type for node in onnx.read(source.path).nodes]
-    return kinds.count("Conv") > kinds.count("MatMul") + kinds.count("Gemm")
+    return onnx_graph.is_convolutional(source.path)
 
 
 def _planned(source: ModelSource, recipe: Recipe) -> Iterator[TensorPlan]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact
-from edgekit.cli import show, show_receipt
+from edgekit.cli import export_tuned, show, show_receipt
 from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
 from edgekit.receipt import Gates, Receipt
@@ -139,6 +139,12 @@ def _pairs(
     metavar="RATIO",
     help="Gate: speed against the float model, the slower of decode and prefill.",
 )
+@click.option(
+    "--optimize-for",
+    "goal",
+    type=click.Choice(["latency", "size", "accuracy"]),
+    help="ONNX: try the sensible types and runtimes on this machine, and keep the best.",
+)
 @click.option("--dry-run", is_flag=True, help="Show sizes and types; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
@@ -154,6 +160,7 @@ def command(
     no_fusion: bool,
     no_receipt: bool,
     eval_data: Path | None,
+    goal: str | None,
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
@@ -166,7 +173,7 @@ def command(
     edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
     edgekit export smollm2-135m --bits 4 --max-kld 0.1 --max-size 120MB
     edgekit export ./vit-tiny --format onnx --bits 8 --eval-data photos/
-    edgekit export net.py:make --format onnx
+    edgekit export net.py:make --format onnx --optimize-for latency
     """
     limits = {name: fields.pop(name) for name in _GATES}
     gates = Gates(max_size_bytes=fields.pop("max_size"), **limits)
@@ -177,6 +184,7 @@ def command(
             or revision
             or keep_adapter
             or no_fusion
+            or goal
             or any(fields[name] for name in _RECIPE)
         ):
             raise UsageError("--from-manifest takes the whole recipe from the manifest")
@@ -208,6 +216,19 @@ def command(
     )
     with show.progress(quiet=as_json) as progress:
         source = find_source(model, revision=revision, on_progress=partial(progress, "download"))
+    if goal is not None:
+        out = out or Path("build") / f"{_base_name(model)}-for-{goal}"
+        taken = any((type_, fields["bits"], fields["overrides"], fields["adapter"]))
+        if format_ != "onnx" or taken or dry_run or no_receipt:
+            raise UsageError(
+                "--optimize-for chooses the type of an ONNX file itself, and measures it",
+                hint="--format onnx, without --bits, --type, --override, --adapter, --dry-run and"
+                " --no-receipt",
+            )
+        artifact = export_tuned.tuned(
+            source, goal, out, options, gates, eval_data=eval_data, as_json=as_json
+        )
+        return _render(artifact, as_json)
     found = plan(source, format_, options=options)
     for warning in found.warnings:
         show.warn(warning)

@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgekit.cli import show
-from edgekit.receipt import Agreement, Latency, Quality, Receipt, Speed, as_option, bounded, figure
+from edgekit.receipt import (
+    Agreement,
+    Latency,
+    Quality,
+    Receipt,
+    Speed,
+    Tuning,
+    as_option,
+    bounded,
+    figure,
+)
 
 Row = tuple[str, str]
 
@@ -45,6 +55,8 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
         yield from _agreement(receipt.agreement)
     if receipt.latency:
         yield from _latency(receipt.latency)
+    if receipt.tuning:
+        yield from _tuning(receipt.tuning)
     if receipt.gates:
         limits = ", ".join(as_option(name, limit) for name, limit in receipt.gates.items())
         yield "gates passed", limits
@@ -73,6 +85,10 @@ def _agreement(found: Agreement) -> Iterator[Row]:
     if found.neighbours:
         yield "same neighbour", bounded(found.neighbours, percent=True)
     yield "measured on", f"{found.samples} held-out inputs ({found.data})"
+
+
+def _tuning(found: Tuning) -> Iterator[Row]:
+    yield "runtime", f"{found.runtime}, the best of {len(found.variants)} variants for {found.goal}"
 
 
 def _latency(found: Latency) -> Iterator[Row]:
