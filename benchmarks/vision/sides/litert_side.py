@@ -1,0 +1,44 @@
+"""LiteRT's side of ``peers.py``: litert-torch, quantized by ai-edge-quantizer's own recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import litert_torch
+import loop
+from ai_edge_litert.interpreter import Interpreter
+from ai_edge_quantizer import quantizer, recipe
+
+
+def main() -> None:
+    given = loop.arguments()
+    module, places = loop.module_of(given)
+    path = f"{given['out']}.tflite"
+    litert_torch.convert(module, places).export(path)
+    names = [f"args_{number}" for number in range(len(places))]
+
+    def by_place(feed: loop.Feed) -> loop.Feed:
+        return dict(zip(names, feed.values(), strict=True))
+
+    if given["int8"]:
+        # Static for convolutions; models of matrix products are much slower with it.
+        static = given["convolutions"]
+        rules = recipe.static_wi8_ai8() if static else recipe.dynamic_wi8_afp32()
+        work = quantizer.Quantizer(path, rules)
+        ranges = None
+        if static:
+            samples = [by_place(feed) for feed in loop.feeds(given["calibration"])]
+            ranges = work.calibrate({"serving_default": samples})
+        path = f"{given['out']}.int8.tflite"
+        work.quantize(ranges).export_model(path)
+    runner = Interpreter(path, num_threads=given["threads"]).get_signature_runner()
+
+    def run(feed: loop.Feed) -> Any:
+        return next(iter(runner(**by_place(feed)).values()))
+
+    loop.serve(run, given, Path(path).stat().st_size)
+
+
+if __name__ == "__main__":
+    main()
