@@ -281,7 +281,8 @@ def _prove(
         runtime=tuning.runtime if tuning else None,
     )
     receipt = replace(proof(claim, progress), tuning=tuning)
-    scratch.unlink(missing_ok=True)
+    for made in folder.glob(f"{scratch.name}*"):
+        made.unlink()
     return receipt
 
 

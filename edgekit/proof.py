@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgekit import _proc, doctor, evaluate, machine
+from edgekit import _proc, doctor, evaluate, machine, proof_files
 from edgekit.errors import EdgekitError, InferenceError, ParityError, UsageError
 from edgekit.exporter import Claim, Progress
 from edgekit.exporters import source_tokens
 from edgekit.exporters.tokenizer_files import TokenizerFiles
 from edgekit.formats import gguf
 from edgekit.intervals import Interval
+from edgekit.proof_files import LanguageFile
 from edgekit.receipt import (
     PROVEN,
     Completion,
@@ -86,51 +88,58 @@ _SOUND_KL = ((16, 0.02), (8, 0.1), (6, 0.2), (5, 0.5), (4, 1.0), (3, 2.0), (0, 4
 
 
 def prove(claim: Claim, progress: Progress) -> Receipt:
-    """Measure everything about a GGUF export, cheapest first.
+    """Measure everything about the export of a language model, cheapest first.
 
     Raises ParityError where the file does not do what its source does: it fails in the engine, has
     other token ids or another chat template, or its predictions are further off than its number of
     bits explains. Raises InferenceError, MissingExtraError when the measuring itself fails.
     """
-    header = gguf.read(claim.product)
-    if header.metadata.get(f"{header.architecture}.attention.causal") is False:
+    product = proof_files.read(claim.product)
+    if not product.causal:
         return Receipt(reason="the model does not predict text: its attention is not causal")
-    completion = _completion(claim, progress)
+    completion = _completion(claim, product, progress)
     tokens, text_warnings = check_text(claim, progress)
-    speed, path_warnings = _speed(claim, progress)
-    quality = _quality(claim, speed, progress)
-    _check_sound(header, quality)
-    reference = gguf.read(claim.reference)
+    speed, path_warnings = _speed(claim, product, progress)
+    quality = _quality(claim, product, speed, progress)
+    _check_sound(product, quality)
+    reference = proof_files.read(claim.reference)
     return Receipt(
         status=PROVEN,
         reference=Reference(
-            type=reference.main_type(),
+            type=reference.type,
             origin="the source" if claim.reference == claim.source.path else "made of the source",
-            size_bytes=reference.file_size,
+            size_bytes=reference.size_bytes,
             requantized_from=claim.source.quantized,
         ),
         completion=completion,
         tokens=tokens,
         quality=quality,
         speed=speed,
-        size=Size(header.file_size, header.bits_per_weight, claim.fallbacks),
+        size=Size(product.size_bytes, _bits(claim, product), claim.fallbacks),
         warnings=(
             *text_warnings,
             *path_warnings,
-            *_slower(speed, header.main_type(), reference.main_type()),
+            *_slower(speed, product.type, reference.type),
             *_unsaid(claim),
         ),
     )
 
 
+def _bits(claim: Claim, product: LanguageFile) -> float:
+    """Bits per weight, scales included; of a GGUF without its header."""
+    if product.format == "gguf":
+        return gguf.read(claim.product).bits_per_weight
+    return product.size_bytes * 8 / max(1, product.parameters)
+
+
 # 1: it loads and generates
 
 
-def _completion(claim: Claim, progress: Progress) -> Completion:
+def _completion(claim: Claim, product: LanguageFile, progress: Progress) -> Completion:
     progress("first load", 0, 1)
     try:
         found = _ask(
-            "complete",
+            f"{product.trial}:complete",
             [claim.product, *claim.adapters],
             path=str(claim.product),
             adapters=[str(file) for file in claim.adapters],
@@ -150,10 +159,10 @@ def _completion(claim: Claim, progress: Progress) -> Completion:
 
 
 def _ask(function: str, files: list[Path], **arguments: Any) -> Any:
-    """Run a function of ``llama_trial`` in a child."""
+    """Run a function ("module:name") of an engine's trial in a child."""
     on_report = arguments.pop("on_report", None)
     return _proc.call(
-        f"edgekit.runtimes.llama_trial:{function}",
+        function,
         arguments,
         silence_s=_SILENCE_S,
         memory_bytes=memory_limit([model_files(file) for file in files], _N_CTX),
@@ -172,14 +181,14 @@ def check_text(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
     """
     progress("token ids", 0, 2)
     texts = [*TEXTS, _DECOMPOSED]
-    product = _ask("tokens", [claim.product], path=str(claim.product), texts=texts)
+    product = _tokens_of(claim.product, texts)
     source, warnings = claim.source, []
     if source.kind == "gguf":
         judge = "the source file in the engine"
-        expected = _ask("tokens", [source.path], path=str(source.path), texts=texts)
+        expected = _tokens_of(source.path, texts)
         _same_ids(product, expected, ("plain", "special", "whole"))
         names = expected["bos"], expected["eos"]
-        template = gguf.read(source.path).metadata.get("tokenizer.chat_template")
+        template = proof_files.read(source.path).chat_template
     else:
         library = source_tokens.judge(source)
         if library is None:
@@ -201,12 +210,16 @@ def check_text(claim: Claim, progress: Progress) -> tuple[Tokens, list[str]]:
         names = _role_text(files, "bos"), _role_text(files, "eos")
         template = files.chat_templates().get("default")
     progress("token ids", 1, 2)
-    mine = gguf.read(claim.product).metadata.get("tokenizer.chat_template")
+    mine = proof_files.read(claim.product).chat_template
     chats = _chats((template, *names), (mine, product["bos"], product["eos"]))
     if template and not chats:
         warnings.append("the model's chat template fails on every chat, here and in the source")
     progress("token ids", 2, 2)
     return Tokens(judge, 0 if judge == "nobody" else len(TEXTS), chats), warnings
+
+
+def _tokens_of(path: Path, texts: list[str]) -> Any:
+    return _ask(f"{proof_files.read(path).trial}:tokens", [path], path=str(path), texts=texts)
 
 
 def _same_ids(found: dict[str, Any], expected: dict[str, Any], ways: tuple[str, ...]) -> None:
@@ -279,11 +292,9 @@ def _parting(one: Sequence[Any], other: Sequence[Any]) -> int:
 # 3: it predicts what the reference predicts
 
 
-def _quality(claim: Claim, speed: Speed, progress: Progress) -> Quality:
+def _quality(claim: Claim, product: LanguageFile, speed: Speed, progress: Progress) -> Quality:
     text = evaluate.read_text(None)
-    header = gguf.read(claim.product)
-    trained = header.metadata.get(f"{header.architecture}.context_length", _N_CTX)
-    n_ctx = min(_N_CTX, int(trained))
+    n_ctx = min(_N_CTX, product.context_length or _N_CTX)
     chunk_s = n_ctx / speed.prefill_tok_s + n_ctx / speed.reference_prefill_tok_s
     affordable = max(_LEAST_CHUNKS, min(_CHUNKS, int(_EVALUATE_S / chunk_s)))
     try:
@@ -307,11 +318,9 @@ def _quality(claim: Claim, speed: Speed, progress: Progress) -> Quality:
     )
 
 
-def _check_sound(header: gguf.GgufHeader, quality: Quality) -> None:
+def _check_sound(product: LanguageFile, quality: Quality) -> None:
     """Raises ParityError for predictions further off than so few bits explain."""
-    bits = min(
-        (t.size_bytes * 8 / t.elements for t in header.tensors if len(t.shape) > 1), default=16
-    )
+    bits = product.least_bits
     limit = next(limit for least, limit in _SOUND_KL if bits >= least)
     if not (math.isfinite(quality.mean_kl.value) and quality.mean_kl.value <= limit):
         raise ParityError(
@@ -325,12 +334,12 @@ def _check_sound(header: gguf.GgufHeader, quality: Quality) -> None:
 # 4: it is fast here
 
 
-def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
+def _speed(claim: Claim, product: LanguageFile, progress: Progress) -> tuple[Speed, list[str]]:
     """The race against the reference, and why the engine is not on its fast path."""
     files = [claim.product, claim.reference]
     progress("race", 0, _RACE_ROUNDS)
     found = _ask(
-        "race",
+        f"{product.trial}:race",
         files,
         paths=[str(file) for file in files],
         n_prompt=_RACE_PROMPT,
@@ -339,8 +348,13 @@ def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
         budget_s=_RACE_S,
         on_report=lambda message: progress("race", *message),
     )
-    cpu, engine = machine.cpu(machine.root()), doctor.probe_engine()
-    warnings = doctor.engine_warnings(cpu, engine)
+    cpu, warnings = machine.cpu(machine.root()), []
+    if product.format == "gguf":
+        engine = doctor.probe_engine()
+        warnings = doctor.engine_warnings(cpu, engine)
+        backend = engine.backend
+    else:  # it picks its kernels by what the CPU can do, whenever it is started
+        backend = f"onnxruntime {version('onnxruntime')}"
     prefill, decode = found["prefill"], found["decode"]
     speed = Speed(
         decode_tok_s=1 / _median(decode[0]),
@@ -354,7 +368,7 @@ def _speed(claim: Claim, progress: Progress) -> tuple[Speed, list[str]]:
         n_gen=found["n_gen"],
         threads=found["threads"],
         cpu=cpu.model or cpu.architecture,
-        backend=engine.backend,
+        backend=backend,
         fast_path=not warnings,
         busy=found["busy"],
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from edgekit import machine, preprocess, sample_inputs
+from edgekit import language_model, machine, preprocess, sample_inputs
 from edgekit.errors import InferenceError, ParityError
 from edgekit.exporter import Claim, Progress
 from edgekit.formats import onnx
@@ -34,11 +34,15 @@ _FEW = 0.9  # of the classes that stay the same: below, nobody should deploy it 
 
 
 def prove(claim: Claim, progress: Progress) -> Receipt:
-    """Measure everything about an ONNX export.
+    """Measure everything about an ONNX export; a language model's is measured as a GGUF's is.
 
     Raises ParityError where the file does not do what its source does, UsageError for held-out data
     that does not suit it, InferenceError or MissingExtraError when the measuring itself fails.
     """
+    if language_model.is_one(claim.product):
+        from edgekit import proof  # which needs this module for its sizes
+
+        return proof.prove(claim, progress)
     steps = preprocess.beside(claim.product)
     runtime = RUNTIMES.load(claim.runtime or RUNTIME_OF_FORMAT["onnx"])()
     progress("first load", 0, 2)
@@ -64,23 +68,24 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         header, reference = onnx.read(claim.product), onnx.read(claim.reference)
         _check_sound(header, agreement)
         latency = _race(product, float_one, found.feeds[0], progress)
-    size_bytes = _size(claim.product, header)
+    own_bytes = size_bytes(claim.product, header)
     return Receipt(
         status=PROVEN,
         reference=Reference(
             type="F32",
             origin="the source" if claim.reference == claim.source.path else "made of the source",
-            size_bytes=_size(claim.reference, reference),
+            size_bytes=size_bytes(claim.reference, reference),
             requantized_from=claim.source.quantized,
         ),
         agreement=agreement,
         latency=latency,
-        size=Size(size_bytes, 8 * size_bytes / max(1, reference.parameters), claim.fallbacks),
+        size=Size(own_bytes, 8 * own_bytes / max(1, reference.parameters), claim.fallbacks),
         warnings=tuple(_warnings(agreement, latency)),
     )
 
 
-def _size(path: Path, header: onnx.OnnxHeader) -> int:
+def size_bytes(path: Path, header: onnx.OnnxHeader) -> int:
+    """Of a model file and of the weights beside it."""
     return path.stat().st_size + sum((path.parent / n).stat().st_size for n in header.beside)
 
 
@@ -93,7 +98,7 @@ def _same_form(product: TensorSession, reference: TensorSession) -> None:
 
 def _check_sound(header: onnx.OnnxHeader, agreement: Agreement) -> None:
     """Raises ParityError for answers further off than so few bits explain."""
-    bits = _least_bits(header)
+    bits = least_bits(header)
     least = next(cosine for bound, cosine in _SOUND_COSINE if bits >= bound)
     if not agreement.cosine.value >= least:
         raise ParityError(
@@ -103,7 +108,7 @@ def _check_sound(header: onnx.OnnxHeader, agreement: Agreement) -> None:
         )
 
 
-def _least_bits(header: onnx.OnnxHeader) -> int:
+def least_bits(header: onnx.OnnxHeader) -> int:
     """Of the weights of matrices and kernels."""
     packed = [int(n.attributes.get("bits", 4)) for n in header.nodes if n.op_type == "MatMulNBits"]
     sizes = {name: bits for name, bits in onnx.DTYPES.values() if name not in _NO_WEIGHTS}

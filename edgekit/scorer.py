@@ -92,7 +92,9 @@ class ModelFiles:
 
     @property
     def size_bytes(self) -> int:
-        return sum(Path(file).stat().st_size for file in (self.path, *self.adapters))
+        beside = Path(f"{self.path}.data")  # an ONNX file's weights, where they are large
+        files = [Path(self.path), *map(Path, self.adapters)]
+        return sum(file.stat().st_size for file in [*files, *[beside] * beside.is_file()])
 
     def open(self, *, n_ctx: int = 512, threads: int | None = None) -> Scorer:
         """Load the model with its adapters (scale 1). Only inside a child of ``_proc.call``.
@@ -111,13 +113,14 @@ class ModelFiles:
 
 
 def model_files(model: str | Path) -> ModelFiles:
-    """The files of an artifact (its folder), with the adapters that it ships, or of a GGUF file.
+    """The files of an artifact (its folder), with the adapters that it ships, or of a model file.
 
     Raises ManifestError, CorruptArtifactError, or LoadError for a format that no runtime loads.
     """
     path = Path(model).absolute()
     if path.is_file() and path.name != "manifest.json":
-        return ModelFiles(RUNTIME_OF_FORMAT["gguf"], str(path))
+        kind = "onnx" if path.suffix.lower() == ".onnx" else "gguf"
+        return ModelFiles(RUNTIME_OF_FORMAT[kind], str(path))
     artifact = Artifact.open(path)
     if artifact.format not in RUNTIME_OF_FORMAT:
         raise LoadError(f"edgekit has no runtime for the format {artifact.format!r}")

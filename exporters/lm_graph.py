@@ -80,7 +80,7 @@ def write(
 def write_layer(
     decoder: Decoder, vectors: Vectors, matrices: Matrices, layer: int, path: Path
 ) -> None:
-    """Write one layer: ``input`` float32 [1, sequence, width] in, ``output`` of that shape out.
+    """Write one layer: ``input`` float32 [1, sequence, width] in, ``after`` of that shape out.
 
     Its other outputs are what each matrix reads: "qkv", "output", "gate_up", "down". There is no
     past: a text begins at its first row.
@@ -140,8 +140,8 @@ class _Builder:
         value = writer.input("input", np.float32, (1, "sequence", decoder.width))
         self._lengths()
         stream = self._layer(layer, _Stream(value), None)
-        writer.node("Add", [stream.value, stream.pending], "output")
-        writer.output("output", np.float32, (1, "sequence", decoder.width))
+        writer.node("Add", [stream.value, stream.pending], "after")
+        writer.output("after", np.float32, (1, "sequence", decoder.width))
         for name, read in self._reads.items():
             part = name.partition(".")[2]
             writer.node("Identity", [read], part)

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from edgekit import quant
+from edgekit import language_model, quant
 from edgekit.errors import ExportError, RecipeError
 from edgekit.exporter import ExportOptions, Progress
-from edgekit.exporters import imatrix, lm_blocks
+from edgekit.exporters import imatrix, lm_blocks, lm_calibrated
 from edgekit.exporters.arch.decoder import Decoder
 from edgekit.exporters.lm_graph import Blocks, Matrices, Plain
 from edgekit.exporters.lm_weights import EMBEDDING, HEAD, Weights, names
 from edgekit.recipe import Calibration, Recipe
-from edgekit.source import ModelSource
 
 _FOUR, _EIGHT = "weight_only_wi4b32", "weight_only_wi8b32"
 _BITS = {_FOUR: 4, _EIGHT: 8}
@@ -88,14 +88,68 @@ def quantize(
     weights: Weights,
     recipe: Recipe,
     text: bytes,
-    source: ModelSource,
     folder: Path,
     progress: Progress,
 ) -> Made:
-    """Every matrix in the type that the recipe gives it. ``folder`` is for scratch files."""
+    """Every matrix in the type that the recipe gives it. ``folder`` holds the tokenizer, and takes
+    scratch files.
+    """
     kinds = types(weights.decoder, recipe)
     counts = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
-    return Made(lambda name: convert(weights.matrix(name), kinds[name], name), {"types": counts})
+    if recipe.calibration is None:
+        return Made(
+            lambda name: convert(weights.matrix(name), kinds[name], name), {"types": counts}
+        )
+    chunks = _chunks(text, recipe.calibration, folder)
+    layers = [name for name in kinds if name not in (EMBEDDING, HEAD)]
+    found, losses = lm_calibrated.quantize(
+        weights,
+        [name for name in layers if kinds[name] == _FOUR],
+        lambda values, name: convert(values, kinds[name], name),
+        chunks,
+        folder,
+        lambda done, total: progress("fit to the text", done, total),
+    )
+
+    def matrix(name: str) -> Plain | Blocks:
+        if name in found:
+            return found[name]
+        return convert(weights.matrix(name), kinds[name], name)
+
+    worst = max(losses, key=lambda loss: loss.share, default=None)
+    return Made(
+        matrix,
+        {
+            "types": counts,
+            "fitted": {
+                "text": recipe.calibration.text,
+                "chunks": len(chunks),
+                "matrices": len(losses),
+                "worst": worst and {"matrix": worst.name, "lost": float(f"{worst.share:.3g}")},
+            },
+        },
+    )
+
+
+def _chunks(text: bytes, calibration: Calibration, folder: Path) -> list[list[int]]:
+    """Token ids of pieces from all over the text, each as the model would see it."""
+    facts = language_model.read(folder / language_model.FILE)
+    tokenizer = Tokenizer.from_file(str(folder / language_model.TOKENIZER))
+    tokenizer.no_truncation()
+    tokens = tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids
+    size = min(calibration.chunk_tokens, facts.context_length)
+    available = len(tokens) // size
+    if available < 2:
+        raise ExportError(
+            f"the calibration text has {len(tokens)} tokens, not even {2 * size}",
+            hint="give a longer --calibration text",
+        )
+    starts = np.linspace(0, available - 1, min(calibration.chunks, available)).astype(int) * size
+    found = [tokens[start : start + size] for start in starts]
+    if facts.adds_bos and facts.bos is not None:
+        for chunk in found:
+            chunk[0] = facts.bos
+    return found
 
 
 def convert(values: lm_blocks.Array, kind: str, name: str) -> Plain | Blocks:

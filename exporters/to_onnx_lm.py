@@ -113,7 +113,7 @@ class OnnxLanguageExporter:
             family = family_of(found)
             weights = Weights(family.decoder(), found)
             files = _companions(found, family, recipe.type, folder)
-            made = lm_quantizer.quantize(weights, recipe, self._text, found, folder, progress)
+            made = lm_quantizer.quantize(weights, recipe, self._text, folder, progress)
             _write(weights, made.matrices, model, plan.size_bytes, progress)
         names = [("model", MODEL_FILE)]
         names += [("weights", path.name) for path in sorted(folder.glob(f"{MODEL_FILE}.*"))]

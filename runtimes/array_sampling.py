@@ -17,6 +17,8 @@ from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
 from edgekit.runtimes.token_engine import Logits
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 
 class ArraySampler:
     """One generation's way of choosing. ``text_of`` writes a token, for the log probabilities."""
@@ -75,15 +77,12 @@ class ArraySampler:
         """Nothing to free."""
 
 
-def _best(logits: Logits, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _best(logits: Logits, count: int) -> Array:
     """The ``count`` likeliest tokens, best first; equal ones in the order of their ids."""
+    chosen: Array = np.arange(len(logits))
     if count < len(logits):
         chosen = np.sort(np.argpartition(-logits, count - 1)[:count])
-    else:
-        chosen = np.arange(len(logits))
-    order: np.ndarray[tuple[int], np.dtype[np.int64]] = chosen[
-        np.argsort(-logits[chosen], kind="stable")
-    ]
+    order: Array = chosen[np.argsort(-logits[chosen], kind="stable")]
     return order
 
 

@@ -81,8 +81,9 @@ class HfTokens:
 
     def _written(self, token: int) -> bytes:
         if token in self._added:
-            return str(self._added[token].content).encode()
-        text: str | None = self._special.id_to_token(token)
+            text = str(self._added[token].content)
+            return (text if self._bytes_as_letters else text.replace(_SPACE, " ")).encode()
+        text = self._special.id_to_token(token)
         if text is None:  # tables are often padded to more rows than there are tokens
             return b""
         if self._bytes_as_letters:

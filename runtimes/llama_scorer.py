@@ -107,12 +107,12 @@ class LlamaScorer:
             if not self._engine.forget(len(context)):
                 self._held = []
                 after = self._read(context)
-            scores = [_log_softmax(after, tokens[:1])]
+            scores = [log_softmax(after, tokens[:1])]
             for start in range(0, len(tokens) - 1, BLOCK_TOKENS):
                 part = tokens[start : min(start + BLOCK_TOKENS, len(tokens) - 1)]
                 self._engine.decode(part, len(context) + start, outputs=len(part))
                 rows = self._engine.logits_block(0, len(part))
-                scores.append(_log_softmax(rows, tokens[start + 1 : start + 1 + len(part)]))
+                scores.append(log_softmax(rows, tokens[start + 1 : start + 1 + len(part)]))
             found.append((sum(log for log, _ in scores), all(best for _, best in scores)))
         if not all(math.isfinite(log) for log, _ in found):
             raise InferenceError("the model gives logits that are no finite numbers")
@@ -145,7 +145,7 @@ class LlamaScorer:
         self.close()
 
 
-def _log_softmax(rows: Logits, tokens: Sequence[int]) -> tuple[float, bool]:
+def log_softmax(rows: Logits, tokens: Sequence[int]) -> tuple[float, bool]:
     """Summed ln of the probability of one token per row, and whether each is its row's best."""
     largest = rows.max(axis=1)
     log_sums = np.log(np.exp(rows - largest[:, None]).sum(axis=1, dtype=np.float64))

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekit import _proc, llama_library, machine, telemetry
+from edgekit import llama_library
 from edgekit.errors import InferenceError, LoadError
 from edgekit.formats import gguf
-from edgekit.report import BUSY_SHARE, BUSY_STEAL
 from edgekit.runtime import LoadParams
 from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine
+from edgekit.runtimes.race import run
 from edgekit.runtimes.threads import first_guess
 
 _PIECE_BYTES = 1 << 12
 _N_CTX = 256
-_FEW = 16  # tokens of a prompt
-MIN_ROUNDS = 3
 
 
 def tokens(path: str, texts: list[str]) -> dict[str, Any]:
@@ -95,45 +92,11 @@ def complete(path: str, adapters: list[str], prompt: str, n_tokens: int) -> dict
 
 
 def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: float) -> Any:
-    """Seconds per token of reading a prompt, and of single steps, round by round.
-
-    Each round times every file with ``n_prompt`` tokens and ``n_gen`` steps, fewer where MIN_ROUNDS
-    would take more than ``budget_s``; who goes first changes. Ends after ``rounds`` rounds, or when
-    ``budget_s`` is over and MIN_ROUNDS are done. Answers {"prefill": [[s, ...], ...], "decode":
-    ...}, a list for each path, with "threads", "n_prompt", "n_gen", and "busy": whether others kept
-    the machine working.
-    """
+    """The race of ``race.run`` between GGUF files."""
     n_prompt = min(n_prompt, min(map(_n_ctx, paths)) - n_gen)
     threads = first_guess()[0]
     benches = [LlamaBencher(Path(path), n_ctx=n_prompt + n_gen, threads=threads) for path in paths]
-    round_s = 0.0
-    for bench in benches:
-        bench.prefill(_FEW)  # touches all memory for the first time
-        round_s += bench.prefill(_FEW) / _FEW * n_prompt
-        round_s += sum(bench.decode(2)) / 2 * n_gen
-    share = min(1.0, budget_s / MIN_ROUNDS / round_s)
-    n_prompt, n_gen = max(_FEW, int(n_prompt * share)), max(2, int(n_gen * share))
-    prefill: list[list[float]] = [[] for _ in paths]
-    decode: list[list[float]] = [[] for _ in paths]
-    counters, own_s = telemetry.counters(machine.root()), time.process_time()
-    started = time.perf_counter()
-    for turn in range(rounds):
-        if turn >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
-            break
-        for side in range(len(paths)) if turn % 2 else reversed(range(len(paths))):
-            prefill[side].append(benches[side].prefill(n_prompt) / n_prompt)
-            decode[side].append(sum(benches[side].decode(n_gen)) / n_gen)
-        _proc.report([turn + 1, rounds])
-    own_s = time.process_time() - own_s
-    strain = telemetry.strain(counters, telemetry.counters(machine.root()), own_s)
-    return {
-        "prefill": prefill,
-        "decode": decode,
-        "threads": threads,
-        "n_prompt": n_prompt,
-        "n_gen": n_gen,
-        "busy": (strain.others_share or 0) > BUSY_SHARE or (strain.steal_share or 0) > BUSY_STEAL,
-    }
+    return run(benches, n_prompt, n_gen, rounds, budget_s) | {"threads": threads}
 
 
 def _n_ctx(path: str) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 import onnxruntime
 
 from edgekit import language_model
-from edgekit.errors import InferenceError, LoadError
+from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats import onnx
 from edgekit.runtime import LoadParams, TensorSpec
 from edgekit.runtimes import first_load, graph_threads, ort_lm
+from edgekit.runtimes.ort_scorer import OrtScorer
 from edgekit.runtimes.tensor_session import PreparedSession, check_params
 from edgekit.runtimes.text_session import TextSession
 
@@ -55,6 +56,18 @@ class OrtRuntime:
             header, _engine(), lambda count: _trial(path, count)
         )
         return OrtSession(path, threads)
+
+    def scorer(
+        self, path: Path, *, n_ctx: int, threads: int | None, adapters: tuple[Path, ...] = ()
+    ) -> OrtScorer:
+        """A language model that scores text (``edgekit.scorer``): only in a child of
+        ``_proc.call``. Raises UsageError for other models, and for adapters.
+        """
+        if not language_model.is_one(path):
+            raise UsageError(f"{path} is no language model: it scores no text")
+        if adapters:
+            raise UsageError("an ONNX language model takes no adapters")
+        return OrtScorer(path, n_ctx=n_ctx, threads=threads)
 
 
 def attempt(path: str) -> None:

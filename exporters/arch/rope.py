@@ -118,7 +118,7 @@ class Rope:
         exponents /= np.float32(2 * turning)
         plain: NDArray[np.float32] = np.float32(1) / np.float32(self.theta) ** exponents
         if self.scaling == "linear":
-            return Rotation((plain / np.float32(self.number("factor"))).astype(np.float32))
+            return Rotation(plain / np.float32(self.number("factor")))
         if self.scaling == "llama3":
             return Rotation(plain / self.llama3_divisors(head_dim))
         if self.scaling == "longrope":

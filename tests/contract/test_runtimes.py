@@ -20,7 +20,26 @@ from edgekit.runtime import load as load_any
 N_CTX = 64
 # Runtimes of tensors -> the format that they read.
 TENSORS = {"ort": "onnx", "openvino": "onnx"}
-LANGUAGE = [name for name in RUNTIMES if name not in TENSORS]
+# Runtimes of language models -> the format that they read.
+LANGUAGE = {name: "gguf" for name in RUNTIMES if name not in TENSORS} | {"ort": "onnx"}
+
+
+@pytest.fixture(scope="session")
+def language_files(
+    smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """SmolLM2 in a format; never write to it."""
+    out = tmp_path_factory.mktemp("language") / "smollm2"
+
+    def file(format: str) -> Path:
+        if format == "gguf":
+            return smollm2_gguf
+        if not out.exists():
+            # 8 bits are rounded, without a text to fit them to: seconds.
+            exporter.export(smollm2_gguf, format, bits=8, receipt=False, out=out)
+        return out / "model.onnx"
+
+    return file
 
 
 def _where_installed(names: Iterable[str]) -> list[Any]:
@@ -35,12 +54,14 @@ def _where_installed(names: Iterable[str]) -> list[Any]:
 
 
 @pytest.fixture(params=LANGUAGE)
-def session(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Iterator[Session]:
+def session(
+    request: pytest.FixtureRequest, language_files: Callable[[str], Path]
+) -> Iterator[Session]:
     runtime = RUNTIMES.load(request.param)()
     params = LoadParams(
         n_ctx=N_CTX, n_threads=1, embeddings=request.node.name.startswith("test_em")
     )
-    with runtime.load(smollm2_gguf, params) as session:
+    with runtime.load(language_files(LANGUAGE[request.param]), params) as session:
         yield session
 
 
