@@ -81,8 +81,8 @@ class HfTokens:
 
     def _written(self, token: int) -> bytes:
         if token in self._added:
-            text = str(self._added[token].content)
-            return (text if self._bytes_as_letters else text.replace(_SPACE, " ")).encode()
+            added = str(self._added[token].content)
+            return (added if self._bytes_as_letters else added.replace(_SPACE, " ")).encode()
         text = self._special.id_to_token(token)
         if text is None:  # tables are often padded to more rows than there are tokens
             return b""
