@@ -160,7 +160,7 @@ def main() -> None:
         sides[name] = kind, sys.executable, edgekit.Artifact.open(out).model_path
     text = presets.held_out_text(arguments.text, chunks).decode("utf-8", "replace")
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         work = Path(name)
         cut = [ids[at : at + _CHUNK] for at in range(0, chunks * _CHUNK, _CHUNK)]
@@ -195,7 +195,7 @@ def main() -> None:
                     else "-"
                     for verb in ("decode", "prefill")
                 ),
-                f"{np.median(running[row['model']].speeds['decode'] or [0]):.0f}",
+                f"{np.median(running[row['model']].speeds['decode'] or [0.0]):.0f}",
             ]
             for row in rows
         ],
