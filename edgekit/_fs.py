@@ -127,6 +127,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the system refused for want of room, however a library wrapped that."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def free_bytes(path: Path) -> int:
     """Bytes an ordinary user can still write on the disk that holds (or will hold) ``path``."""
     existing = path.absolute()  # os.path, for pathlib raises where a folder may not be looked into

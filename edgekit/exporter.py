@@ -6,7 +6,9 @@ Knows the order of the work and the manifest; never a format's bytes, those are 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,10 +22,11 @@ from edgekit.recipe import Recipe
 from edgekit.registry import EXPORTERS, PROOFS
 from edgekit.source import ModelSource, of_module
 from edgekit.source import source as resolve_source
+from edgekit.tensor_figures import PassTrial
 
 # progress(stage, done, total): what is being done, and how far it is in units of its own.
 Progress = Callable[[str, int, int], None]
-_REFERENCE_FILE = "reference"  # with the format's name as its suffix
+_REFERENCE = "reference"  # with the format's name as its suffix, or as a folder
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -36,7 +39,7 @@ class ExportOptions:
 
     ``calibration`` is "builtin", "none", a text file or a folder of images, ``chunks`` how many
     pieces of it; ``overrides`` are (pattern, tensor type); ``adapter`` is a LoRA folder, merged in
-    or (``adapter_mode`` "keep") shipped beside the model; ``fusion`` is "auto" or "none".
+    or (``adapter_mode`` "keep") shipped beside the model; ``fusion`` as in Recipe.
     """
 
     bits: int | None = None
@@ -86,11 +89,16 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class Product:
-    """What an exporter left in its folder: (role, file name) pairs, and facts for the manifest."""
+    """What an exporter left in its folder: (role, file name) pairs, and facts for the manifest.
+
+    ``recipe`` is the plan's with what was decided on the way, ``fusion`` what was measured for it.
+    """
 
     files: tuple[tuple[str, str], ...]
     details: dict[str, Any] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    fusion: tuple[PassTrial, ...] = ()
 
 
 class Exporter(Protocol):
@@ -123,7 +131,8 @@ class Exporter(Protocol):
     ) -> Path:
         """The float model that the product of ``recipe`` is measured against.
 
-        Written to ``path``, or the source itself where it is that model already.
+        Written to ``path`` (or to a folder of that name without the suffix), or the source itself
+        where it is that model already.
         """
         ...
 
@@ -133,7 +142,8 @@ class Claim:
     """What a proof is about: ``product`` (with ``adapters`` beside it) does what ``source`` does,
     as far as its bits go. ``reference`` is a float file of the source. ``chunks`` of held-out text
     are read; None lets the proof choose, by the time that they take here. ``data`` is held-out data
-    of the user's own: a text file or a folder of images. ``runtime`` None is the format's own.
+    of the user's own: a text file, a folder of images or JSON lines. ``runtime`` None is the
+    format's own. ``layers``: look inside, too.
     """
 
     source: ModelSource
@@ -144,6 +154,7 @@ class Claim:
     chunks: int | None = None
     data: Path | None = None
     runtime: str | None = None
+    layers: bool = False
 
 
 # A proof: measures everything and fills the receipt. Raises ParityError where the claim is false.
@@ -175,6 +186,7 @@ def export(
     gates: Gates | None = None,
     eval_data: str | Path | None = None,
     tuning: Tuning | None = None,
+    explain_loss: bool = False,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
@@ -186,7 +198,8 @@ def export(
     An artifact that is already there is replaced in one step, and stays whole if the export fails.
     With ``receipt`` the output is proved before it is committed (docs/receipt.md), and must pass
     ``gates``; without it the manifest says "unproven". ``eval_data`` is what it is measured on
-    instead of the built-in inputs: a folder of images or a text file. ``tuning`` is what
+    instead of the built-in inputs: a folder of images or a text file, or either with classes (a
+    folder for each, or JSON lines). ``explain_loss`` says what each layer loses. ``tuning`` is what
     ``edgekit.tune`` found: the receipt keeps it, and is measured in its runtime. ``expect`` is the
     manifest of an earlier export that this one must repeat, byte for byte.
     Raises UsageError, SourceError, ExportError (ParityError and GateError among them),
@@ -220,7 +233,7 @@ def export(
         product = exporter.run(source, hashes, plan, folder, progress)
         manifest = Manifest(
             format=format,
-            recipe=plan.recipe,
+            recipe=product.recipe or plan.recipe,
             source={
                 "spec": source.spec,
                 "kind": source.kind,
@@ -243,9 +256,13 @@ def export(
         if receipt:
             made = Artifact(folder, manifest)
             data = Path(eval_data) if eval_data is not None else None
-            proved = _prove(exporter, source, plan, made, folder, None, progress, data, tuning)
+            proved = _prove(
+                *(exporter, source, plan, made, folder, None, progress, data),
+                tuning=tuning,
+                layers=explain_loss,
+            )
         gates.check(proved, sum(file.size_bytes for file in manifest.files))
-        proved = replace(proved, gates=gates.limits())
+        proved = replace(proved, gates=gates.limits(), fusion=product.fusion)
         manifest = replace(manifest, receipt=proved.to_dict())
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return Artifact.open(out)
@@ -261,12 +278,13 @@ def _prove(
     progress: Progress,
     data: Path | None = None,
     tuning: Tuning | None = None,
+    layers: bool = False,
 ) -> Receipt:
     """Measure ``artifact`` against the float model, which lies in ``folder`` meanwhile."""
     if artifact.format not in PROOFS:
         return Receipt(reason=f"edgekit has no proof for the format {artifact.format}")
     proof: Proof = PROOFS.load(artifact.format)
-    scratch = folder / f"{_REFERENCE_FILE}.{artifact.format}"
+    scratch = folder / f"{_REFERENCE}.{artifact.format}"
     files = artifact.manifest.files
     claim = Claim(
         source=source,
@@ -279,10 +297,11 @@ def _prove(
         chunks=chunks,
         data=data,
         runtime=tuning.runtime if tuning else None,
+        layers=layers,
     )
     receipt = replace(proof(claim, progress), tuning=tuning)
-    for made in folder.glob(f"{scratch.name}*"):
-        made.unlink()
+    for made in folder.glob(f"{_REFERENCE}*"):  # a file with weights beside it, or a folder
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
     return receipt
 
 
@@ -373,6 +392,17 @@ def reprove(
             exporter, source, plan, artifact, folder, chunks, progress, eval_data, was.tuning
         )
     return now, differences(was, now)
+
+
+@contextmanager
+def float_model(artifact: str | Path, progress: Progress) -> Iterator[Path]:
+    """The float model of an artifact's source, made again; gone when the block ends."""
+    made = Artifact.open(artifact)
+    source = _source_again(made.manifest, None, progress)
+    exporter: Exporter = EXPORTERS.load(made.format)()
+    with _fs.scratch(_fs.home("cache") / "float" / made.sha256[:16]) as folder:
+        path = folder / f"model.{made.format}"
+        yield exporter.reference(source, made.manifest.recipe, path, progress)
 
 
 def _source_again(earlier: Manifest, model: str | Path | None, progress: Progress) -> ModelSource:

@@ -15,6 +15,7 @@ from edgekit.preprocess import ImageSteps
 
 MAX_PIXELS = 100_000_000  # a camera's; more is a decompression bomb
 _MAX_FILE_BYTES = 256 << 20
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 

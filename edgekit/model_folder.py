@@ -22,7 +22,7 @@ from edgekit.errors import (
     UnsupportedModelError,
     VersionError,
 )
-from edgekit.formats import json_file, pickle_scan, safetensors
+from edgekit.formats import json_file, onnx, pickle_scan, safetensors
 from edgekit.formats.foreign import shown
 from edgekit.unsafe_config import refuse_code
 
@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ONNX = "model.onnx"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 # What repositories call them; other safetensors there are copies in another layout.
@@ -72,6 +73,12 @@ def wanted(name: str) -> bool:
     return name in (*COMPANIONS, WEIGHTS_INDEX) or bool(_WEIGHTS_NAME.fullmatch(name))
 
 
+def holds_onnx(folder: Path) -> bool:
+    """Whether a folder is what optimum-cli makes: an ONNX graph instead of weights."""
+    weights = _present(folder, WEIGHTS) or _present(folder, WEIGHTS_INDEX)
+    return _present(folder, ONNX) and _present(folder, CONFIG) and not weights
+
+
 def read(folder: Path) -> ModelFolder:
     """Check ``folder`` and list what counts in it.
 
@@ -92,7 +99,7 @@ def read(folder: Path) -> ModelFolder:
     family = config.get("model_type")
     if not isinstance(family, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", family):
         raise SourceError(f"{folder / CONFIG} names no model_type")
-    weights = _weights(folder)
+    weights = _graph(folder) if holds_onnx(folder) else _weights(folder)
     _refuse_quantized(folder, config)
     _name_ignored(folder)
     companions = [name for name in COMPANIONS if _present(folder, name)]
@@ -130,6 +137,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SourceError(f"{path} is not a JSON object", hint="download the model again")
     return value
+
+
+def _graph(folder: Path) -> tuple[str, ...]:
+    """The names of the graph's file and of those beside it that hold its weights."""
+    path = _inside(folder, ONNX)
+    with as_source(path):
+        header = onnx.read(path)
+    beside = sorted({tensor.external for tensor in header.initializers if tensor.external})
+    return (ONNX, *beside)
 
 
 def _weights(folder: Path) -> tuple[str, ...]:

@@ -20,7 +20,12 @@ _MAX_BYTES = 4 << 20
 _MAX_SIDE = 8192
 
 Task = Literal[
-    "image-classification", "image-features", "text-embedding", "text-classification", "tensors"
+    "image-classification",
+    "image-features",
+    "text-embedding",
+    "text-classification",
+    "image-text",
+    "tensors",
 ]
 # The numbers of PIL.Image.Resampling, as folders write them.
 _RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -52,7 +57,8 @@ class ImageSteps:
 class TextSteps:
     """Text -> the ids of ``tokenizer`` (a file beside this one), at most ``max_length`` -> one
     vector: of the output's tokens the "mean", or the first one ("cls"); of length 1 if
-    ``normalize``.
+    ``normalize``. ``padded``: every text is filled up to ``max_length``, as the model saw them all
+    in training, and padding counts.
     """
 
     tokenizer: str
@@ -60,6 +66,21 @@ class TextSteps:
     pooling: str
     normalize: bool
     pad_id: int
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How well an image and a text of an "image-text" model match: ``scale`` times the cosine of
+    their vectors, plus ``bias``; over all texts these become shares of 1 by softmax, or, with
+    ``alone``, a probability for each by the logistic function. ``text_model`` is the file of the
+    texts' encoder, beside that of the images'.
+    """
+
+    text_model: str
+    scale: float
+    bias: float
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,7 @@ class Preprocessing:
     image: ImageSteps | None = None
     text: TextSteps | None = None
     labels: tuple[str, ...] = ()
+    matching: Matching | None = None
 
     def to_bytes(self) -> bytes:
         """The JSON of ``preprocess.json``; ``read`` gives an equal object back."""
@@ -87,9 +109,22 @@ def read(path: Path) -> Preprocessing:
 
 
 def beside(model: Path) -> Preprocessing:
-    """That of the model file's folder; bare tensors where there is none."""
+    """That of the model file's folder; bare tensors where there is none. Of a model of two encoders
+    the file of the texts' has its own.
+    """
     path = model.parent / FILE
-    return read(path) if path.is_file() else Preprocessing("tensors")
+    found = read(path) if path.is_file() else Preprocessing("tensors")
+    if found.matching and model.name == found.matching.text_model:
+        return encoders(found)[1]
+    return found
+
+
+def encoders(found: Preprocessing) -> tuple[Preprocessing, Preprocessing]:
+    """That of the images' encoder and that of the texts', each by itself, of "image-text"."""
+    return (
+        Preprocessing("image-features", image=found.image),
+        Preprocessing("text-embedding", text=found.text),
+    )
 
 
 def _check(found: Preprocessing) -> None:
@@ -97,9 +132,11 @@ def _check(found: Preprocessing) -> None:
         if not good:
             raise typed_json.Mismatch(FILE, f": {what}")
 
-    image, text = found.image, found.text
+    image, text, matching = found.image, found.text, found.matching
+    both = found.task == "image-text"
     expect((image is not None) == found.task.startswith("image"), "images are another task's")
-    expect((text is not None) == found.task.startswith("text"), "texts are another task's")
+    expect((text is not None) == (found.task.startswith("text") or both), "texts are another's")
+    expect((matching is not None) == both, "matching is another task's")
     if image:
         sides = (image.height, image.width, image.shortest_edge, image.resize_height)
         for side in (*sides, image.resize_width):
@@ -111,6 +148,11 @@ def _check(found: Preprocessing) -> None:
         expect(0 < text.max_length <= 1 << 20, f"a length of {text.max_length}")
         expect(text.pooling in ("mean", "cls"), f"the pooling {text.pooling!r:.40}")
         expect(text.tokenizer == Path(text.tokenizer).name, "the tokenizer lies elsewhere")
+    if matching:
+        name = matching.text_model
+        expect(
+            name == Path(name).name and name.endswith(".onnx"), "the texts' model lies elsewhere"
+        )
 
 
 # From a Hugging Face folder
@@ -125,13 +167,23 @@ def of_folder(
     pooling: Mapping[str, Any] | None = None,
     modules: Any = None,
     tokenizer: Mapping[str, Any] | None = None,
+    matching: Matching | None = None,
 ) -> Preprocessing:
     """What config.json, preprocessor_config.json, 1_Pooling/config.json, modules.json and
-    tokenizer_config.json of a folder say together. Raises SourceError for absurd values.
+    tokenizer_config.json of a folder say together; ``matching`` is for a model of two encoders.
+    Raises SourceError for absurd values.
     """
     kind = str((config.get("architectures") or [""])[0])
     labels = _labels(config)
-    if "image_size" in config or "num_channels" in config or preprocessor:
+    if matching:
+        vision, words = (_part(config, name) for name in ("vision_config", "text_config"))
+        found = Preprocessing(
+            "image-text",
+            image=_image(vision, preprocessor or {}),
+            text=replace(_text(words, {}, None, tokenizer or {}), padded=matching.alone),
+            matching=matching,
+        )
+    elif "image_size" in config or "num_channels" in config or preprocessor:
         classifies = kind.endswith("ForImageClassification")
         task: Task = "image-classification" if classifies else "image-features"
         found = Preprocessing(
@@ -179,6 +231,13 @@ def of_image(given: Mapping[str, Any], name: str, shape: Sequence[int]) -> Prepr
     if made != tuple(shape[2:]):
         raise SourceError(f"preprocess makes images of {made}, the model takes {tuple(shape[2:])}")
     return replace(found, image=replace(found.image, input=name))
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    if not isinstance(found, Mapping):
+        raise SourceError(f"config.json has no {name}")
+    return found
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -253,4 +312,5 @@ def _text(
         # their angles.
         normalize=not kinds or any(kind.endswith("Normalize") for kind in kinds),
         pad_id=int(config.get("pad_token_id") or 0),
+        padded=False,
     )

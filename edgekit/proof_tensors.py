@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,12 +20,16 @@ from edgekit.errors import InferenceError, ParityError
 from edgekit.exporter import Claim, Progress
 from edgekit.formats import onnx
 from edgekit.intervals import Interval
+from edgekit.preprocess import Preprocessing
 from edgekit.receipt import PROVEN, Agreement, Latency, Receipt, Reference, Size, bounded
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.runtime import LoadParams, TensorSession
-from edgekit.runtimes import tensor_agreement
+from edgekit.runtimes import onnx_layers, tensor_agreement
+from edgekit.sample_inputs import Samples
+from edgekit.tensor_figures import Accuracy, Ranking
 
 _SAMPLES = {"image": 64, "text": 128, "tensors": 32}
+_LAYER_SAMPLES = 8
 _RACE_S = 4.0
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 200
 _HINT = "nothing was kept; --no-receipt exports it all the same"
@@ -55,32 +61,95 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
     progress("first load", 1, 2)
     with product, runtime.load(claim.reference, LoadParams(n_threads=product.threads)) as float_one:
         progress("first load", 2, 2)
-        _same_form(product, float_one)
-        found = sample_inputs.samples(
-            steps,
-            product.inputs,
-            folder=claim.product.parent,
-            data=claim.data,
-            count=claim.chunks or _SAMPLES[steps.task.partition("-")[0]],
-            part="held-out",
-        )
-        agreement = tensor_agreement.measure(product, float_one, found, steps, progress)
-        header, reference = onnx.read(claim.product), onnx.read(claim.reference)
-        _check_sound(header, agreement)
-        latency = _race(product, float_one, found.feeds[0], progress)
-    own_bytes = size_bytes(claim.product, header)
+        pairs = _pairs(claim, steps, product, float_one)
+        proved = [_compare(pair, claim, progress) for pair in pairs]
+        for pair, (_, agreement) in zip(pairs, proved, strict=True):
+            _check_sound(pair.header, agreement)
+        races = [
+            _race(pair.product, pair.reference, found.feeds[0], progress)
+            for pair, (found, _) in zip(pairs, proved, strict=True)
+        ]
+        layers = None
+        if claim.layers:
+            # Of two encoders the one that loses more.
+            loser = min(range(len(pairs)), key=lambda i: proved[i][1].cosine.value)
+            some = proved[loser][0].feeds[:_LAYER_SAMPLES]
+            pair = pairs[loser]
+            layers = onnx_layers.losses(pair.path, pair.reference_path, some, progress)
+        accuracy = _accuracy(claim, pairs[0], progress)
+        ranking = None
+        if steps.matching:
+            feeds = [found.feeds for found, _ in proved]
+            ranking = tensor_agreement.ranking(product, float_one, feeds, steps)
+    agreements = [agreement for _, agreement in proved]
+    own_bytes = sum(size_bytes(pair.path, pair.header) for pair in pairs)
+    parameters = sum(pair.reference_header.parameters for pair in pairs)
+    two = len(pairs) > 1
     return Receipt(
         status=PROVEN,
         reference=Reference(
             type="F32",
             origin="the source" if claim.reference == claim.source.path else "made of the source",
-            size_bytes=size_bytes(claim.reference, reference),
+            size_bytes=sum(size_bytes(p.reference_path, p.reference_header) for p in pairs),
             requantized_from=claim.source.quantized,
         ),
-        agreement=agreement,
-        latency=latency,
-        size=Size(own_bytes, 8 * own_bytes / max(1, reference.parameters), claim.fallbacks),
-        warnings=tuple(_warnings(agreement, latency)),
+        agreement=agreements[0],
+        latency=races[0],
+        text_agreement=agreements[1] if two else None,
+        text_latency=races[1] if two else None,
+        ranking=ranking,
+        accuracy=accuracy,
+        layers=layers,
+        size=Size(own_bytes, 8 * own_bytes / max(1, parameters), claim.fallbacks),
+        warnings=tuple(_warnings(agreements, races, ranking)),
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A graph of the product, and its float model: one, or two for a model of two encoders."""
+
+    steps: Preprocessing
+    product: TensorSession
+    reference: TensorSession
+    path: Path
+    reference_path: Path
+
+    @cached_property
+    def header(self) -> onnx.OnnxHeader:
+        return onnx.read(self.path)
+
+    @cached_property
+    def reference_header(self) -> onnx.OnnxHeader:
+        return onnx.read(self.reference_path)
+
+
+def _pairs(claim: Claim, steps: Preprocessing, product: Any, float_one: Any) -> list[_Pair]:
+    if steps.matching is None:
+        return [_Pair(steps, product, float_one, claim.product, claim.reference)]
+    image, text = preprocess.encoders(steps)
+    name = steps.matching.text_model
+    beside = claim.product.with_name(name), claim.reference.with_name(name)
+    return [
+        _Pair(image, product.image, float_one.image, claim.product, claim.reference),
+        _Pair(text, product.text, float_one.text, *beside),
+    ]
+
+
+def _compare(pair: _Pair, claim: Claim, progress: Progress) -> tuple[Samples, Agreement]:
+    """The held-out inputs, and how far both agree on them."""
+    _same_form(pair.product, pair.reference)
+    two = preprocess.beside(claim.product).matching is not None
+    found = sample_inputs.samples(
+        pair.steps,
+        pair.product.inputs,
+        folder=claim.product.parent,
+        data=sample_inputs.meant_for(pair.steps, claim.data) if two else claim.data,
+        count=claim.chunks or _SAMPLES["image" if two else pair.steps.task.partition("-")[0]],
+        part="held-out",
+    )
+    return found, tensor_agreement.measure(
+        pair.product, pair.reference, found, pair.steps, progress
     )
 
 
@@ -116,6 +185,19 @@ def least_bits(header: onnx.OnnxHeader) -> int:
     return min([*packed, *kinds, 32])
 
 
+def _accuracy(claim: Claim, pair: _Pair, progress: Progress) -> Accuracy | None:
+    """On labelled data of the user's own; None without."""
+    if claim.data is None or not pair.steps.task.endswith("classification"):
+        return None
+    rows = sample_inputs.labelled(
+        pair.steps, pair.product.inputs, folder=claim.product.parent, data=claim.data
+    )
+    if not rows:
+        return None
+    data = sample_inputs.identity(claim.data)
+    return tensor_agreement.accuracy(pair.product, pair.reference, rows, data, progress)
+
+
 def _race(
     product: TensorSession, reference: TensorSession, feed: Mapping[str, Any], progress: Progress
 ) -> Latency:
@@ -149,16 +231,23 @@ def _race(
     )
 
 
-def _warnings(agreement: Agreement, latency: Latency) -> list[str]:
+def _warnings(
+    agreements: list[Agreement], races: list[Latency], ranking: Ranking | None
+) -> list[str]:
     found = []
-    if latency.slower:
-        found.append(
-            f"SLOWER than the float model on this machine: {latency.ratio.value:.2f}x its speed"
-        )
-    if latency.busy:
+    for latency in races:
+        if latency.slower:
+            found.append(
+                f"SLOWER than the float model on this machine: {latency.ratio.value:.2f}x its speed"
+            )
+    if any(latency.busy for latency in races):
         found.append("the machine was busy while the speed was measured: measure it again")
-    if agreement.top1 and agreement.top1.value < _FEW:
-        found.append(f"only {agreement.top1.value:.0%} of the inputs keep their class")
-    if agreement.neighbours and agreement.neighbours.value < _FEW:
-        found.append(f"only {agreement.neighbours.value:.0%} of the vectors keep their neighbour")
+    for agreement in agreements:
+        if agreement.top1 and agreement.top1.value < _FEW:
+            found.append(f"only {agreement.top1.value:.0%} of the inputs keep their class")
+        if agreement.neighbours and agreement.neighbours.value < _FEW:
+            share = f"{agreement.neighbours.value:.0%}"
+            found.append(f"only {share} of the vectors keep their neighbour")
+    if ranking and ranking.top1.value < _FEW:
+        found.append(f"only {ranking.top1.value:.0%} of the images keep their likeliest text")
     return found

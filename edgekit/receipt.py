@@ -13,6 +13,7 @@ from typing import Any
 from edgekit import typed_json
 from edgekit.errors import GateError, ManifestError, UsageError
 from edgekit.intervals import Interval
+from edgekit.tensor_figures import Accuracy, LayerLosses, PassTrial, Ranking
 
 PROVEN, UNPROVEN = "proven", "unproven"
 _DIGITS = 6  # of every figure in the manifest
@@ -43,7 +44,7 @@ _AGREEMENT_TOLERANCES = {
 _KL_SHARE = 0.15
 _PARTS = (
     *("reference", "completion", "tokens", "quality", "speed"),
-    *("agreement", "latency", "size"),
+    *("agreement", "latency", "size", "text_agreement", "ranking", "accuracy"),
 )
 
 
@@ -233,7 +234,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was proved. ``reason`` says why nothing was; ``gates`` are the limits that it passed."""
+    """What was proved. ``reason`` says why nothing was; ``gates`` are the limits that it passed.
+
+    Of a model of two encoders ``agreement`` and ``latency`` are those of the images' encoder, with
+    "text_" those of the texts'. ``fusion`` is what the passes were worth, ``layers`` what each
+    layer loses, if somebody asked.
+    """
 
     status: str = UNPROVEN
     reason: str | None = None
@@ -246,6 +252,12 @@ class Receipt:
     latency: Latency | None = None
     size: Size | None = None
     tuning: Tuning | None = None
+    text_agreement: Agreement | None = None
+    text_latency: Latency | None = None
+    ranking: Ranking | None = None
+    accuracy: Accuracy | None = None
+    layers: LayerLosses | None = None
+    fusion: tuple[PassTrial, ...] = ()
     gates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -329,11 +341,12 @@ class Gates:
 def _figures(receipt: Receipt, size_bytes: int) -> dict[str, tuple[str, float | None, str]]:
     """Gate -> (what it is about, the figure, the figure with its bounds as people read it)."""
     quality, speed = receipt.quality, receipt.speed
-    agreement = receipt.agreement
-    likeness = quality or agreement
-    slowest = receipt.latency.ratio if receipt.latency else None
+    likeness = quality or receipt.agreement
+    top1 = receipt.ranking or likeness
+    cosines = [each.cosine for each in (receipt.agreement, receipt.text_agreement) if each]
+    ratios = [each.ratio for each in (receipt.latency, receipt.text_latency) if each]
     if speed:
-        slowest = min(speed.decode_ratio, speed.prefill_ratio, key=lambda ratio: ratio.value)
+        ratios = [speed.decode_ratio, speed.prefill_ratio]
     return {
         "max_kld": ("mean KL", *_bounded(likeness.mean_kl if likeness else None)),
         "max_kld_p99": (
@@ -341,15 +354,19 @@ def _figures(receipt: Receipt, size_bytes: int) -> dict[str, tuple[str, float | 
             quality.p99_kl if quality else None,
             f"{quality.p99_kl:.4g}" if quality else "",
         ),
-        "min_top1": ("same top-1", *_bounded(likeness.top1 if likeness else None, percent=True)),
-        "min_cosine": ("cosine", *_bounded(agreement.cosine if agreement else None)),
+        "min_top1": ("same top-1", *_bounded(top1.top1 if top1 else None, percent=True)),
+        "min_cosine": ("cosine", *_bounded(_least(cosines))),
         "max_ppl_ratio": (
             "perplexity ratio",
             *_bounded(quality.perplexity_ratio if quality else None),
         ),
         "max_size_bytes": ("size", size_bytes, _amount("max_size_bytes", size_bytes)),
-        "min_speed_ratio": ("speed ratio", *_bounded(slowest)),
+        "min_speed_ratio": ("speed ratio", *_bounded(_least(ratios))),
     }
+
+
+def _least(intervals: list[Interval]) -> Interval | None:
+    return min(intervals, key=lambda each: each.value, default=None)
 
 
 def _bounded(interval: Interval | None, *, percent: bool = False) -> tuple[float | None, str]:
@@ -404,6 +421,14 @@ def differences(was: Receipt, now: Receipt) -> list[str]:
                 found.append(f"{name} was {old:.4g}, is {new:.4g}")
     if was.agreement and now.agreement:
         found += _disagreements(was.agreement, now.agreement)
+    if was.text_agreement and now.text_agreement:
+        found += [f"text: {e}" for e in _disagreements(was.text_agreement, now.text_agreement)]
+    pairs = [(was.ranking, now.ranking, "top1"), (was.accuracy, now.accuracy, "product")]
+    for one, other, name in pairs:
+        if one and other:
+            old, new = _value(getattr(one, name)), _value(getattr(other, name))
+            if not abs(old - new) <= _AGREEMENT_TOLERANCES["top1"]:
+                found.append(f"{type(one).__name__.lower()} was {old:.4g}, is {new:.4g}")
     return found
 
 

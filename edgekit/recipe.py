@@ -17,7 +17,7 @@ from edgekit.errors import RecipeError
 from edgekit.registry import did_you_mean
 
 _ADAPTER_MODES = ("merge", "keep")
-_FUSIONS = ("auto", "none")
+_FUSIONS = re.compile(r"[a-z_]{1,40}(,[a-z_]{1,40}){0,40}", re.ASCII)
 _MAX_PATTERN = 256
 
 
@@ -44,7 +44,8 @@ class Recipe:
     of a regular expression on tensor names and a tensor type; the first match wins. ``calibration``
     is None when nothing is run while quantizing. ``adapter`` is the SHA-256 of a LoRA to merge in
     (``adapter_mode`` "merge") or to ship beside the model ("keep"). ``fusion`` "none" leaves the
-    operators of a graph as they were exported.
+    operators of a graph as they were exported, "auto" lets passes stay that are not slower on the
+    machine of the export, and names with commas between are those passes: a manifest says which.
     Raises RecipeError for unknown names and impossible combinations.
     """
 
@@ -71,8 +72,8 @@ class Recipe:
                 raise RecipeError(
                     f"{self.type} needs inputs to calibrate on", hint="drop --calibration none"
                 )
-        if self.fusion not in _FUSIONS:
-            raise RecipeError(f"fusion must be one of {', '.join(_FUSIONS)}")
+        if not _FUSIONS.fullmatch(self.fusion):
+            raise RecipeError("fusion must be auto, none, or names of passes with commas between")
         if self.adapter_mode not in _ADAPTER_MODES:
             raise RecipeError(f"adapter_mode must be one of {', '.join(_ADAPTER_MODES)}")
         for pattern, _ in self.overrides:

@@ -288,7 +288,9 @@ class TensorSession(Protocol):
         ...
 
     def classify(self, what: Any, *, top: int = 5) -> list[tuple[str, float]]:
-        """The likeliest classes of an image or a text, with their probabilities, best first."""
+        """The likeliest classes of an image or a text, with their probabilities, best first. A
+        model of images and texts takes them as ``labels``, and also has ``embed_image``.
+        """
         ...
 
     def embed(self, what: Any) -> list[float] | list[list[float]]:

@@ -14,13 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit import _fs, image_input, preprocess, text_input
+from edgekit import _fs, image_input, labelled_inputs, preprocess, text_input
 from edgekit.errors import UsageError
 from edgekit.preprocess import Preprocessing
 from edgekit.runtime import TensorSpec
 
 Part = Literal["calibration", "held-out"]
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MAX_TEXT_BYTES = 64 << 20
 _TEXTS = {"calibration": "calibration.txt", "held-out": "held_out.txt"}
 _BUILTIN = "builtin inputs 2"  # changes whenever the inputs that are made here change
@@ -28,6 +27,7 @@ _SIDE = 256
 _SIZES = {"batch": 1, "sequence": 16}
 _PADDED = 64  # tokens
 _FREE = 8  # of an axis with another name
+_LABELLED = 1000
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def samples(
 ) -> Samples:
     """At most ``count`` inputs of one part; ``folder`` holds the tokenizer.
 
-    ``data`` is a folder of images or a UTF-8 text, of which every second image or sentence belongs
-    to each part. Raises UsageError where it does not suit the model.
+    ``data`` is a folder of images, a UTF-8 text or JSON lines (``labelled_inputs``), of which every
+    second image or text belongs to each part. Raises UsageError where it does not suit the model.
     """
     name, digest = identity(data)
     if preprocessing.image is not None:
-        images = _own(_images(data), part) if data else _builtin_images(part, count)
+        images = _own(_given(data, Path), part) if data else _builtin_images(part, count)
         feeds = [
             {preprocessing.image.input: image_input.tensor(each, preprocessing.image)}
             for each in images[:count]
@@ -78,7 +78,7 @@ def samples(
     elif preprocessing.text is not None:
         assert folder is not None
         tokens = text_input.Tokens(folder, preprocessing.text)
-        texts = _own(_sentences(_text(data)), part) if data else _builtin_texts(part)
+        texts = _own(_given(data, str), part) if data else _builtin_texts(part)
         names = [spec.name for spec in inputs]
         # Every second one as it comes in a batch with a longer one: padding is an input, too.
         padded = min(_PADDED, preprocessing.text.max_length)
@@ -96,6 +96,11 @@ def samples(
     if not feeds:
         raise UsageError(f"{data} holds too little to make inputs of")
     return Samples(feeds, name, digest)
+
+
+def meant_for(steps: Preprocessing, data: Path | None) -> Path | None:
+    """``data``, if that encoder of two takes it: a folder holds images, a file is a text."""
+    return data if data is not None and data.is_dir() == (steps.image is not None) else None
 
 
 def batch(model: Path, inputs: Sequence[TensorSpec], size: int) -> dict[str, Any]:
@@ -120,6 +125,34 @@ def batch(model: Path, inputs: Sequence[TensorSpec], size: int) -> dict[str, Any
     return feed
 
 
+def _given(data: Path, kind: type) -> list[Any]:
+    """Images or texts of the user's own, from a folder, a text, or JSON lines."""
+    if data.suffix.lower() != labelled_inputs.LINES:
+        return list(_images(data)) if kind is Path else _sentences(_text(data))
+    found = labelled_inputs.inputs(data)
+    if any(isinstance(each, str) != (kind is str) for each in found):
+        raise UsageError(f"{data.name} holds {'images' if kind is str else 'texts'}")
+    return sorted(found, key=lambda each: hashlib.sha256(str(each).encode()).digest())
+
+
+def labelled(
+    preprocessing: Preprocessing, inputs: Sequence[TensorSpec], *, folder: Path, data: Path
+) -> list[tuple[dict[str, Any], int]]:
+    """The held-out part of ``data``'s inputs with their classes, at most 1,000; none where ``data``
+    names no classes. ``folder`` holds the tokenizer. Raises UsageError as ``labelled_inputs``.
+    """
+    found = labelled_inputs.find(data, preprocessing.labels)
+    rows: list[tuple[dict[str, Any], int]] = []
+    tokens = text_input.Tokens(folder, preprocessing.text) if preprocessing.text else None
+    for each in _own(found, "held-out")[:_LABELLED]:
+        if preprocessing.image is not None:
+            steps = preprocessing.image
+            rows.append(({steps.input: image_input.tensor(each.what, steps)}, each.index))
+        elif tokens is not None and isinstance(each.what, str):
+            rows.append((tokens.tensors([each.what], [spec.name for spec in inputs]), each.index))
+    return rows
+
+
 def _own(found: Sequence[Any], part: Part) -> list[Any]:
     return list(found[0 if part == "calibration" else 1 :: 2])
 
@@ -130,7 +163,7 @@ def _images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder of images")
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES]
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in image_input.SUFFIXES]
     return sorted(files, key=lambda path: hashlib.sha256(path.name.encode()).digest())
 
 

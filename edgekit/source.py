@@ -78,9 +78,10 @@ class ModelSource:
     """A checked model on this disk, or in memory.
 
     ``kind`` is "hf" (a Hugging Face folder; ``path`` is the folder), "run" (the folder of a
-    training run, with a network of edgekit's own), "gguf" or "onnx" (``path`` is the file),
-    "python" (``path`` is a file of the user's own whose function ``function`` returns a torch
-    module and its example inputs) or "module" (``module`` holds both; there is no path).
+    training run, with a network of edgekit's own), "gguf" or "onnx" (``path`` is the file;
+    ``config`` is there if it lies in a folder that optimum-cli made), "python" (``path`` is a file
+    of the user's own whose function ``function`` returns a torch module and its example inputs) or
+    "module" (``module`` holds both; there is no path).
     ``family`` is ``model_type`` of config.json, ``general.architecture`` of a GGUF, "onnx", or the
     class of a module. ``files`` are names relative to the folder. ``quantized`` names the type of
     weights that are already quantized (``Q4_1``), else None. ``revision`` is the hub's commit if it
@@ -234,10 +235,11 @@ def _from_folder(name: str, path: Path) -> ModelSource:
     if network_folder.is_one(path):
         return _from_run(name, path.resolve())
     folder = model_folder.read(path.resolve())
+    graph = model_folder.holds_onnx(path)
     return ModelSource(
         spec=name,
-        kind="hf",
-        path=path.resolve(),
+        kind="onnx" if graph else "hf",
+        path=path.resolve() / model_folder.ONNX if graph else path.resolve(),
         family=folder.family,
         files=folder.files,
         config=folder.config,

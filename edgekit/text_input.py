@@ -30,6 +30,7 @@ class Tokens:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(steps.max_length)
         self._pad_id = steps.pad_id
+        self._least = steps.max_length if steps.padded else 1
 
     def tensors(
         self, texts: Sequence[str], names: Sequence[str], *, length: int = 1
@@ -47,7 +48,7 @@ class Tokens:
         if unknown := sorted(set(names) - known):
             raise UsageError(f"no text can be made into the input '{unknown[0]}'")
         rows = self._tokenizer.encode_batch(list(texts))
-        longest = max(length, *(len(row.ids) for row in rows))
+        longest = max(length, self._least, *(len(row.ids) for row in rows))
         found = {name: np.zeros((len(rows), longest), np.int64) for name in names}
         if "input_ids" in found:
             found["input_ids"][:] = self._pad_id

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgekit.errors import ExportError, RecipeError
+from edgekit import _fs
+from edgekit.errors import ExportError, OutOfSpaceError, RecipeError
 from edgekit.exporter import Progress
 from edgekit.exporters import (
     onnx_blocks,
@@ -271,9 +272,13 @@ def _count(model: Any, kind: str) -> int:
 def _failing() -> Iterator[None]:
     try:
         yield
-    except (ExportError, RecipeError):
+    except (ExportError, RecipeError):  # a full disk among them
         raise
     except Exception as error:  # the library's asserts, and the engine's own kinds
+        if _fs.is_full(error):
+            raise OutOfSpaceError(
+                "the disk filled up during the export", hint="free some space and run it again"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ExportError(f"onnxruntime cannot quantize this graph: {reason[:200]}") from error
 

@@ -11,26 +11,35 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgekit import quant, sample_inputs
 from edgekit.errors import RecipeError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
-from edgekit.exporters import onnx_graph, onnx_quantizer, passes, torch_model, torch_to_onnx
+from edgekit.exporters import (
+    fusion,
+    onnx_graph,
+    onnx_quantizer,
+    torch_model,
+    torch_to_onnx,
+    torch_towers,
+)
 from edgekit.exporters.to_onnx_lm import OnnxLanguageExporter, takes
+from edgekit.exporters.torch_model import TracedModel
 from edgekit.formats import onnx, safetensors
 from edgekit.preprocess import FILE as PREPROCESS_FILE
-from edgekit.preprocess import Preprocessing
+from edgekit.preprocess import Preprocessing, of_folder
 from edgekit.recipe import Calibration, Recipe
 from edgekit.runtime import TensorSpec
 from edgekit.source import ModelSource, TorchModule
 
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
-_FLOAT_FILE, _QUANTIZED_FILE = "float.onnx", "quantized.onnx"
+_QUANTIZED = "quantized-"
 _DEFAULT_BITS = 8
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _SAMPLES = 64  # inputs that a model is calibrated on
 _FLOAT_BYTES = 4
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
@@ -51,7 +60,7 @@ class OnnxExporter:
 
     def __init__(self) -> None:
         self._data: Path | None = None
-        self._traced: torch_model.TracedModel | None = None
+        self._traced: tuple[Preprocessing, dict[str, TracedModel]] | None = None
         self._own: TorchModule | None = None
         self._language: OnnxLanguageExporter | None = None
 
@@ -130,94 +139,153 @@ class OnnxExporter:
         if self._language:
             return self._language.run(source, hashes, plan, folder, progress)
         recipe = plan.recipe
-        model = folder / MODEL_FILE
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name:
-            scratch = Path(name)
-            plain, preprocessing, off = self._plain(source, scratch / _FLOAT_FILE, progress)
-            quantized = scratch / _QUANTIZED_FILE
-            details = self._quantize(plain, quantized, source, recipe, preprocessing, progress)
+            steps, graphs = self._plain(source, Path(name), progress)
+            facts = [self._quantize(graph, source, recipe, progress) for graph in graphs]
             # Last, for the library that quantizes does not know the fused operators.
-            fired = _fuse(quantized, model, recipe, progress)
-        files = [("model", MODEL_FILE)]
-        files += [("weights", path.name) for path in sorted(folder.glob(f"{MODEL_FILE}.*"))]
-        files += _companions(source, preprocessing, folder)
-        header = onnx.read(model)
-        details |= {
-            "task": preprocessing.task,
-            "opset": header.opsets.get("", 0),
-            "passes": fired,
-            "inputs": [_spec(value) for value in header.inputs],
-            "outputs": [_spec(value) for value in header.outputs],
-            "parameters": sum(math.prod(tensor.shape) for tensor in header.initializers),
-            "traced_error": off,
-        }
-        return Product(tuple(files), details, _PACKAGES)
+            models = [onnx_graph.load(graph.quantized) for graph in graphs]
+            feeds = [self._feeds(graph, source, 1)[0] for graph in graphs]
+            chosen = fusion.choose(models, feeds, recipe.fusion, progress)
+            for graph, model in zip(graphs, models, strict=True):
+                onnx_graph.save(model, folder / graph.name)
+        files = [
+            ("model" if each.name == MODEL_FILE else "text-model", each.name) for each in graphs
+        ]
+        files += [("weights", path.name) for path in sorted(folder.glob("*.onnx.*"))]
+        files += _companions(source, steps, folder)
+        details = [
+            found | _form(folder / graph.name) | {"passes": fired, "traced_error": graph.off}
+            for graph, found, fired in zip(graphs, facts, chosen.fired, strict=True)
+        ]
+        more = {"text_model": details[1]} if len(details) > 1 else {}
+        return Product(
+            tuple(files),
+            details[0] | more | {"task": steps.task},
+            _PACKAGES,
+            recipe=replace(recipe, fusion=chosen.recipe),
+            fusion=chosen.trials,
+        )
 
     def reference(
         self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
     ) -> Path:
-        """The graph as it was traced: float32, neither fused nor quantized."""
+        """The graph as it was traced: float32, neither fused nor quantized; of two encoders that of
+        the images, with the other one beside it.
+        """
         if self._language:
             return self._language.reference(source, recipe, path, progress)
         if source.kind == "onnx":
             return source.path
-        return self._plain(source, path, progress)[0]
+        folder = path.with_suffix("")
+        folder.mkdir()
+        steps, graphs = self._plain(source, folder, progress)
+        if steps.matching:
+            (folder / PREPROCESS_FILE).write_bytes(steps.to_bytes())
+        return graphs[0].path
 
     def _plain(
-        self, source: ModelSource, path: Path, progress: Progress
-    ) -> tuple[Path, Preprocessing, float | None]:
-        """The float graph, what its inputs are made by, and how far it is off from torch."""
+        self, source: ModelSource, folder: Path, progress: Progress
+    ) -> tuple[Preprocessing, list[_Graph]]:
+        """What makes the inputs, and the float graphs, written to ``folder``."""
         if source.kind == "onnx":
-            return source.path, Preprocessing(task="tensors"), None
+            steps = _steps(source)
+            return steps, [
+                _Graph(MODEL_FILE, source.path, steps, folder / f"{_QUANTIZED}{MODEL_FILE}", None)
+            ]
         if self._traced is None:
             progress("load the model", 0, 1)
-            self._traced = torch_model.build(self._with_module(source))
+            self._traced = _traced(self._with_module(source))
             progress("load the model", 1, 1)
-        progress("trace", 0, 2)
-        torch_to_onnx.write(self._traced, path)
-        progress("trace", 1, 2)
-        off = torch_to_onnx.check(self._traced, path)
-        progress("trace", 2, 2)
-        return path, self._traced.preprocessing, off
+        steps, traced = self._traced
+        graphs = []
+        for number, (name, model) in enumerate(traced.items()):
+            done, whole = 2 * number, 2 * len(traced)
+            progress("trace", done, whole)
+            path = folder / name
+            torch_to_onnx.write(model, path)
+            progress("trace", done + 1, whole)
+            off = torch_to_onnx.check(model, path)
+            progress("trace", done + 2, whole)
+            out = folder / f"{_QUANTIZED}{name}"
+            graphs.append(_Graph(name, path, model.preprocessing, out, off))
+        return steps, graphs
 
     def _quantize(
-        self,
-        plain: Path,
-        out: Path,
-        source: ModelSource,
-        recipe: Recipe,
-        preprocessing: Preprocessing,
-        progress: Progress,
+        self, graph: _Graph, source: ModelSource, recipe: Recipe, progress: Progress
     ) -> dict[str, Any]:
         if recipe.type == "F32":
-            onnx_graph.save(onnx_graph.load(plain), out)
+            onnx_graph.save(onnx_graph.load(graph.path), graph.quantized)
             return {}
-        feeds: list[Any] = []
-        if recipe.calibration is not None:
-            header = onnx.read(plain)
-            specs = [TensorSpec(v.name, v.dtype, v.shape) for v in header.inputs]
-            found = sample_inputs.samples(
-                preprocessing,
-                specs,
-                folder=source.path if source.kind == "hf" else None,
-                data=self._data,
-                count=recipe.calibration.chunks,
-                part="calibration",
-            )
-            feeds = found.feeds
+        count = recipe.calibration.chunks if recipe.calibration else 0
         return onnx_quantizer.quantize(
-            plain, out, recipe.type, samples=feeds, overrides=recipe.overrides, progress=progress
+            graph.path,
+            graph.quantized,
+            recipe.type,
+            samples=self._feeds(graph, source, count) if count else [],
+            overrides=recipe.overrides,
+            progress=progress,
         )
 
+    def _feeds(self, graph: _Graph, source: ModelSource, count: int) -> list[dict[str, Any]]:
+        """Inputs of the part that a model is calibrated on."""
+        header = onnx.read(graph.path)
+        two = self._traced is not None and self._traced[0].matching
+        found = sample_inputs.samples(
+            graph.steps,
+            [TensorSpec(v.name, v.dtype, v.shape) for v in header.inputs],
+            folder=source.path if source.kind == "hf" else source.path.parent,
+            data=sample_inputs.meant_for(graph.steps, self._data) if two else self._data,
+            count=count,
+            part="calibration",
+        )
+        return found.feeds
 
-def _fuse(path: Path, out: Path, recipe: Recipe, progress: Progress) -> dict[str, int]:
-    """Which passes fired how often; none where the recipe says so."""
-    progress("fuse", 0, 1)
-    model = onnx_graph.load(path)
-    fired = passes.run(model) if recipe.fusion == "auto" else {}
-    onnx_graph.save(model, out)
-    progress("fuse", 1, 1)
-    return fired
+
+def _steps(source: ModelSource) -> Preprocessing:
+    """What makes the inputs of an ONNX file: known where it lies in a folder that optimum-cli made.
+
+    A model of two encoders in one graph, and one with inputs that nobody can make, takes tensors.
+    """
+    made = {value.name for value in onnx.read(source.path).inputs}
+    if not source.config or "text_config" in source.config:
+        return Preprocessing(task="tensors")
+    steps = of_folder(source.config, **torch_model.companions(source))
+    known = {steps.image.input} if steps.image else {*_TEXT_INPUTS}
+    whole = steps.image is not None or TOKENIZER_FILE in source.files
+    return steps if made <= known and whole else Preprocessing(task="tensors")
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One file of the product: its name, the float graph, what makes its inputs, where its
+    quantized form goes, and how far the float one is off from torch.
+    """
+
+    name: str
+    path: Path
+    steps: Preprocessing
+    quantized: Path
+    off: float | None
+
+
+def _traced(source: ModelSource) -> tuple[Preprocessing, dict[str, TracedModel]]:
+    """What makes the inputs, and name -> what is traced to the file of that name."""
+    if source.kind == "hf" and source.family in torch_model.BOTH:
+        steps, image, text = torch_towers.build(source)
+        return steps, {MODEL_FILE: image, torch_towers.TEXT_FILE: text}
+    model = torch_model.build(source)
+    return model.preprocessing, {MODEL_FILE: model}
+
+
+def _form(path: Path) -> dict[str, Any]:
+    """What a graph takes and gives, for the manifest."""
+    header = onnx.read(path)
+    return {
+        "opset": header.opsets.get("", 0),
+        "inputs": [_spec(value) for value in header.inputs],
+        "outputs": [_spec(value) for value in header.outputs],
+        "parameters": sum(math.prod(tensor.shape) for tensor in header.initializers),
+    }
 
 
 def _companions(

@@ -35,6 +35,7 @@ VISION = (
     *("vit", "deit", "beit", "dinov2", "swin", "convnext", "resnet", "regnet"),
     *("mobilenet_v1", "mobilenet_v2", "mobilevit", "efficientnet"),
 )
+BOTH = ("clip", "siglip")  # two encoders: torch_towers
 TEXT = ("bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra", "albert")
 _LENGTH = 16  # tokens of the text that a model is traced with
 
@@ -62,7 +63,7 @@ def build(source: ModelSource) -> TracedModel:
     Raises MissingExtraError without torch or transformers, UnsupportedModelError for a family that
     is not known, ExportError when the library or the user's own code fails.
     """
-    torch = _torch()
+    torch = library()
     if source.kind == "hf":
         return _of_folder(torch, source)
     return _of_module(torch, own_module(source))
@@ -75,11 +76,11 @@ def check(source: ModelSource) -> None:
             "a GGUF file holds a language model, and edgekit exports none to ONNX",
             hint="--format gguf",
         )
-    if source.kind == "hf" and source.family not in (*VISION, *TEXT):
+    if source.kind == "hf" and source.family not in (*VISION, *TEXT, *BOTH):
         raise UnsupportedModelError(
             f"edgekit exports no '{shown(source.family)}' to ONNX",
             hint="language models: --format gguf; others: "
-            + did_you_mean(source.family, [*VISION, *TEXT]),
+            + did_you_mean(source.family, [*VISION, *TEXT, *BOTH]),
         )
 
 
@@ -94,7 +95,8 @@ def is_convolutional(source: ModelSource) -> bool:
     return sum("Conv" in kind for kind in kinds) > sum("Linear" in kind for kind in kinds)
 
 
-def _torch() -> Any:
+def library() -> Any:
+    """The package torch. Raises MissingExtraError."""
     try:
         import torch
     except ImportError:
@@ -106,32 +108,12 @@ def _torch() -> Any:
 
 
 def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
-    check(source)
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError("onnx", missing="transformers") from None
-    preprocessing = of_folder(
-        source.config, **{name: _json(source, file) for name, file in _COMPANIONS.items()}
-    )
+    preprocessing = of_folder(source.config, **companions(source))
     classes = {
         "image-classification": "AutoModelForImageClassification",
         "text-classification": "AutoModelForSequenceClassification",
     }
-    loader = getattr(transformers, classes.get(preprocessing.task, "AutoModel"))
-    with _quiet(), _failing(f"transformers cannot load {source.spec}"):
-        model, loaded = loader.from_pretrained(
-            source.path,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            # What is traced from the other implementations is slower in every runtime.
-            attn_implementation="eager",
-            dtype=torch.float32,
-        )
-    _check_whole(source, loaded)
-    model.eval()
+    model = loaded(source, classes.get(preprocessing.task, "AutoModel"))
     output = "logits" if preprocessing.task.endswith("classification") else "last_hidden_state"
     if preprocessing.image:
         image = preprocessing.image
@@ -156,11 +138,48 @@ def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
     )
 
 
-def _check_whole(source: ModelSource, loaded: Mapping[str, Any]) -> None:
+def loaded(source: ModelSource, kind: str) -> Any:
+    """The folder's model as the class ``kind`` of transformers, float32, with eager attention.
+
+    Raises MissingExtraError, UnsupportedModelError, SourceError for weights that are missing,
+    ExportError when the library fails.
+    """
+    check(source)
+    torch = library()
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("onnx", missing="transformers") from None
+    with _quiet(), _failing(f"transformers cannot load {source.spec}"):
+        model, report = getattr(transformers, kind).from_pretrained(
+            source.path,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            # What is traced from the other implementations is slower in every runtime.
+            attn_implementation="eager",
+            dtype=torch.float32,
+        )
+    _check_whole(source, report)
+    return model.eval()
+
+
+def companions(source: ModelSource) -> dict[str, Any]:
+    """The folder's JSON files that say how inputs are made, as ``preprocess.of_folder`` takes them;
+    None for those that it does not have.
+    """
+    return {
+        name: json_file.read(source.file_path(file)) if file in source.files else None
+        for name, file in _COMPANIONS.items()
+    }
+
+
+def _check_whole(source: ModelSource, report: Mapping[str, Any]) -> None:
     """The library fills weights that are missing or misshapen with random ones, and only warns."""
     # The pooler is no part of what is exported.
-    missing = sorted(name for name in loaded["missing_keys"] if not name.startswith("pooler."))
-    misshapen = sorted(str(each[0]) for each in loaded["mismatched_keys"])
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    misshapen = sorted(str(each[0]) for each in report["mismatched_keys"])
     for what, names in (("no weights for", missing), ("weights of another shape for", misshapen)):
         if names:
             raise SourceError(
@@ -175,10 +194,6 @@ _COMPANIONS = {
     "modules": "modules.json",
     "tokenizer": "tokenizer_config.json",
 }
-
-
-def _json(source: ModelSource, name: str) -> Any:
-    return json_file.read(source.file_path(name)) if name in source.files else None
 
 
 def _text_inputs(model: Any) -> tuple[str, ...]:
@@ -222,7 +237,7 @@ def own_module(source: ModelSource) -> TorchModule:
 
 def _of_run(source: ModelSource) -> TorchModule:
     """The network that edgekit's own builder makes of the folder's config, with its weights."""
-    torch = _torch()
+    torch = library()
     from safetensors.torch import load_file
 
     found = network_folder.read(source.path)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgekit.errors import ExportError, ParityError
+from edgekit import _fs
+from edgekit.errors import ExportError, OutOfSpaceError, ParityError
 from edgekit.exporters.torch_model import TracedModel
 
 # The newest that the tracing exporter writes well; its graphs of attention run fastest (docs).
@@ -43,6 +44,10 @@ def write(traced: TracedModel, path: Path) -> None:
                 do_constant_folding=True,
             )
     except Exception as error:
+        if _fs.is_full(error):
+            raise OutOfSpaceError(
+                "the disk filled up during the export", hint="free some space and run it again"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
             f"torch cannot export this model to ONNX: {reason[:200]}",

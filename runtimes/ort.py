@@ -11,12 +11,14 @@ from typing import Any
 
 import onnxruntime
 
-from edgekit import language_model
+from edgekit import _fs, language_model, preprocess
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats import onnx
+from edgekit.preprocess import Preprocessing
 from edgekit.runtime import LoadParams, TensorSpec
 from edgekit.runtimes import first_load, graph_threads, ort_lm
 from edgekit.runtimes.ort_scorer import OrtScorer
+from edgekit.runtimes.ort_towers import TwoEncoders
 from edgekit.runtimes.tensor_session import PreparedSession, check_params
 from edgekit.runtimes.text_session import TextSession
 
@@ -29,14 +31,18 @@ _DTYPES = {
     "string": "str",
 } | {f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _ERRORS_ONLY = 4  # of the log: 3 would print what the errors say already
+# The engine's own fusion of a residual's addition into the layer norm: its kernel takes several
+# times as long as the two operators (docs/onnx.md, Fusion).
+_SLOW_FUSIONS = ["SkipLayerNormFusion"]
 
 
 class OrtRuntime:
     """The engine for ONNX files."""
 
-    def load(self, path: Path, params: LoadParams) -> OrtSession | TextSession:
+    def load(self, path: Path, params: LoadParams) -> OrtSession | TextSession | TwoEncoders:
         """Load an ONNX file, the first time in a child process (``first_load``) before this one.
-        A language model becomes a Session, any other model a TensorSession.
+        A language model becomes a Session, any other model a TensorSession; of a model of two
+        encoders both are loaded.
 
         Raises SourceError, CorruptArtifactError, UnsafePathError or VersionError for a bad file,
         EngineCrashedError or DeadlineError for one that kills or hangs the engine, LoadError for
@@ -45,6 +51,15 @@ class OrtRuntime:
         if language_model.is_one(path):
             return ort_lm.load(path, params)
         check_params(params)
+        steps = preprocess.beside(path)
+        if steps.matching is None:
+            return self._load(path, params, steps)
+        image, text = preprocess.encoders(steps)
+        first = self._load(path, params, image)
+        beside = _fs.contained(path.parent, steps.matching.text_model)
+        return TwoEncoders(first, self._load(beside, params, text), steps.matching)
+
+    def _load(self, path: Path, params: LoadParams, steps: Preprocessing) -> OrtSession:
         header = onnx.read(path)
         first_load.pass_once(
             [path, *(path.parent / name for name in header.beside)],
@@ -55,7 +70,7 @@ class OrtRuntime:
         threads = params.n_threads or graph_threads.fastest(
             header, _engine(), lambda count: _trial(path, count)
         )
-        return OrtSession(path, threads)
+        return OrtSession(path, threads, steps)
 
     def scorer(
         self, path: Path, *, n_ctx: int, threads: int | None, adapters: tuple[Path, ...] = ()
@@ -86,7 +101,12 @@ def _started(path: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=_SLOW_FUSIONS,
+        )
     except Exception as error:  # the engine's own kinds, which have no common base
         raise LoadError(
             f"ONNX Runtime refuses {path}: {_reason(error)}",
@@ -107,16 +127,19 @@ def _trial(path: Path, threads: int) -> float | None:
 
 
 def _spec(found: Any) -> TensorSpec:
-    kind = str(found.type).removeprefix("tensor(").removesuffix(")")
-    return TensorSpec(found.name, _DTYPES.get(kind, kind), tuple(found.shape))
+    try:
+        kind = str(found.type).removeprefix("tensor(").removesuffix(")")
+        return TensorSpec(found.name, _DTYPES.get(kind, kind), tuple(found.shape))
+    except UnicodeDecodeError:  # some mutants name an axis so, and the engine takes them
+        raise LoadError("an input or output of the model has a name that is no UTF-8") from None
 
 
 class OrtSession(PreparedSession):
     """A graph in ONNX Runtime."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        """Raises LoadError, CorruptArtifactError for a broken preprocess.json."""
-        super().__init__(path)
+    def __init__(self, path: Path, threads: int, steps: Preprocessing) -> None:
+        """``steps`` make the inputs. Raises LoadError."""
+        super().__init__(path, steps)
         self.threads = threads
         self._session = _started(path, threads)
         self.inputs = tuple(map(_spec, self._session.get_inputs()))

@@ -15,11 +15,13 @@ from edgekit import intervals
 from edgekit.errors import ParityError
 from edgekit.exporter import Progress
 from edgekit.intervals import Interval
-from edgekit.preprocess import Preprocessing
+from edgekit.preprocess import Preprocessing, encoders
 from edgekit.receipt import Agreement
 from edgekit.runtime import TensorSession
 from edgekit.runtimes import pooling
+from edgekit.runtimes.ort_towers import TwoEncoders
 from edgekit.sample_inputs import Samples
+from edgekit.tensor_figures import Accuracy, Ranking
 
 _VECTORS = ("text-embedding", "image-features")
 
@@ -38,6 +40,86 @@ def measure(
     """
     pairs = _answers(product, reference, samples.feeds, progress)
     return _agreement(pairs, samples, steps)
+
+
+def ranking(
+    product: TwoEncoders,
+    reference: TwoEncoders,
+    feeds: Sequence[Sequence[Mapping[str, Any]]],
+    steps: Preprocessing,
+) -> Ranking:
+    """How both rank all texts for every image; ``feeds`` are those of the images, then the texts'.
+
+    Spearman's rank correlation: https://en.wikipedia.org/wiki/Spearman%27s_rank_correlation.
+    """
+    assert steps.matching is not None
+    alike = [_likeness(side, feeds, steps) for side in (product, reference)]
+    mine, theirs = alike
+    ranks = [_ranks(side) for side in alike]
+    hits = int((mine.argmax(axis=1) == theirs.argmax(axis=1)).sum())
+    return Ranking(
+        images=mine.shape[0],
+        texts=mine.shape[1],
+        top1=intervals.proportion(hits, mine.shape[0]),
+        order=intervals.mean([_cosine(a, b) for a, b in zip(*ranks, strict=True)]),
+        max_error=float(np.abs(mine - theirs).max()),
+    )
+
+
+def accuracy(
+    product: TensorSession,
+    reference: TensorSession,
+    rows: Sequence[tuple[Mapping[str, Any], int]],
+    data: tuple[str, str],
+    progress: Progress,
+) -> Accuracy:
+    """How often the likeliest class of each is the right one; ``data`` is its name and hash."""
+    hits: list[list[int]] = [[], []]
+    for number, (feed, index) in enumerate(rows):
+        progress("count right classes", number, len(rows))
+        for side, session in enumerate((product, reference)):
+            logits = next(iter(session.run(feed).values())).reshape(-1)
+            hits[side].append(int(logits.argmax() == index))
+    progress("count right classes", len(rows), len(rows))
+    mine, theirs = hits
+    return Accuracy(
+        data=data[0],
+        data_sha256=data[1],
+        samples=len(rows),
+        product=intervals.proportion(sum(mine), len(rows)),
+        reference=intervals.proportion(sum(theirs), len(rows)),
+        difference=_difference(mine, theirs),
+    )
+
+
+def _difference(mine: list[int], theirs: list[int]) -> Interval:
+    """Of the shares, paired. One input alone, or none that differ, leaves no spread to go by: then
+    the bounds are those of a proportion with no hits (the rule of three).
+    """
+    found = intervals.paired(mine, theirs)
+    if mine != theirs and math.isfinite(found.low):
+        return found
+    bound = intervals.proportion(0, len(mine)).high
+    return Interval(found.value, found.value - bound, found.value + bound)
+
+
+def _likeness(
+    side: TwoEncoders, feeds: Sequence[Sequence[Mapping[str, Any]]], steps: Preprocessing
+) -> Any:
+    """float64 [images, texts]: cosines."""
+    vectors = []
+    for part, own, inputs in zip((side.image, side.text), encoders(steps), feeds, strict=True):
+        rows = [pooling.vectors(next(iter(part.run(f).values())), f, own)[0] for f in inputs]
+        found = np.asarray(rows, np.float64)
+        vectors.append(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12))
+    images, texts = vectors
+    return images @ texts.T
+
+
+def _ranks(likeness: Any) -> Any:
+    """Of every row the ranks, less their mean: their cosine is Spearman's correlation."""
+    ranks = likeness.argsort(axis=1, kind="stable").argsort(axis=1).astype(np.float64)
+    return ranks - ranks.mean(axis=1, keepdims=True)
 
 
 def _answers(

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgekit import image_input, preprocess, text_input
 from edgekit.errors import UsageError
+from edgekit.preprocess import Preprocessing
 from edgekit.runtime import LoadParams, TensorSpec
 from edgekit.runtimes import pooling
 
@@ -40,9 +41,9 @@ class PreparedSession:
     outputs: tuple[TensorSpec, ...]
     threads: int
 
-    def __init__(self, path: Path) -> None:
-        """Raises CorruptArtifactError for a broken preprocess.json."""
-        self._preprocessing = preprocess.beside(path)
+    def __init__(self, path: Path, steps: Preprocessing | None = None) -> None:
+        """``steps`` None are those beside the file. Raises CorruptArtifactError for broken ones."""
+        self._preprocessing = steps or preprocess.beside(path)
         self.task: str = self._preprocessing.task
         self._folder = path.parent
         self._tokens: text_input.Tokens | None = None

@@ -52,21 +52,11 @@ def resnet_folder(folder: Path) -> Path:
 
 def bert_folder(folder: Path) -> Path:
     """A BERT of two layers with a tokenizer of words and letters, for embeddings."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
 
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), *letters]
-    pieces = list(dict.fromkeys([*pieces, *(f"##{letter}" for letter in letters)]))
-    pieces += [f"[unused{i}]" for i in range(300 - len(pieces))]
-    tokenizer = Tokenizer(
-        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = _word_pieces()
     config = BertConfig(
-        vocab_size=len(pieces),
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -76,6 +66,48 @@ def bert_folder(folder: Path) -> Path:
     made = _saved(folder, BertModel, config)
     tokenizer.save(str(made / "tokenizer.json"))
     return made
+
+
+def clip_folder(folder: Path, kind: str = "CLIP") -> Path:
+    """Two encoders of two layers each in one space; ``kind`` is "CLIP" or "Siglip"."""
+    import transformers
+
+    shared = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    words = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "projection_size": 64}
+    # The end of a text is [SEP], as the tokenizer writes it.
+    words |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    sizes = {"image_size": SIDE, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=shared | words, vision_config=shared | sizes, projection_dim=32
+    )
+    made = _saved(folder, getattr(transformers, f"{kind}Model"), config, _preprocessor(SIDE))
+    _word_pieces().save(str(made / "tokenizer.json"))
+    return made
+
+
+VOCABULARY = 300
+
+
+def _word_pieces() -> Any:
+    """A tokenizer of words and letters, with BERT's marks."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), *letters]
+    pieces = list(dict.fromkeys([*pieces, *(f"##{letter}" for letter in letters)]))
+    pieces += [f"[unused{i}]" for i in range(VOCABULARY - len(pieces))]
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
 
 
 def cnn_module() -> torch.nn.Module:

@@ -9,8 +9,15 @@ from typing import Any
 
 import click
 
-from edgekit import evaluate, plot, remote
-from edgekit.cli import show, show_divergence, show_needle, show_sensitivity, show_tasks
+from edgekit import agreement, evaluate, plot, remote
+from edgekit.cli import (
+    show,
+    show_agreement,
+    show_divergence,
+    show_needle,
+    show_sensitivity,
+    show_tasks,
+)
 from edgekit.errors import UsageError
 from edgekit.target import open_target
 
@@ -27,6 +34,7 @@ _HERE = {"device": "leave out --device: a model's answers do not depend on where
     metavar="REF",
     help="Reference with the same tokenizer, such as the model's F16 file: adds KL divergence.",
 )
+@show_agreement.options
 @click.option("--text", type=Path, metavar="FILE", help="UTF-8 text (default: edgekit's own).")
 @show_tasks.options
 @show_needle.options
@@ -65,7 +73,9 @@ def command(
 ) -> None:
     """Measure how well ARTIFACT predicts a text, alone or against a reference.
 
-    ARTIFACT and REF are artifacts' folders or GGUF files. With --sensitivity they are models to
+    ARTIFACT and REF are artifacts' folders or GGUF files. An ARTIFACT that is no language model is
+    held against REF, of whatever format, or against the float model that it was made of: do both
+    answer alike, and where do they part. With --sensitivity they are models to
     quantize: GGUF files, Hugging Face folders, hub ids or the built-in name smollm2-135m.
 
     \b
@@ -73,6 +83,8 @@ def command(
     edgekit eval build/smollm2-q4 --against build/smollm2-f16 --plot kl.png
     edgekit eval build/smollm2-q4 --tasks questions.jsonl --shots 5
     edgekit eval build/smollm2-q4 --needle --lengths 1024,4096 --plot needle.png
+    edgekit eval build/vit-int8 --explain-loss
+    edgekit eval build/vit-int8 --against build/vit-f32 --eval-data photos/
     edgekit eval --sensitivity ./Llama-2-7b ./Llama-3-8B --bits 8,4,3 --plot loss.png
     """
     widths = {name: fields.pop(name) for name in show_sensitivity.NAMES}
@@ -95,6 +107,13 @@ def command(
             f"this takes one model, not {len(models)}",
             hint="edgekit eval ARTIFACT --against REF compares two; so does --sensitivity",
         )
+    tensors = {name: fields.pop(name) for name in show_agreement.NAMES}
+    if agreement.is_of_tensors(models[0]):
+        other = fields | {"text": text, "ctx": n_ctx, "chunks": chunks, "tasks": task_file}
+        other |= {"plot": plot_file, "device": device, "needle": needle_ or None}
+        _refuse("for a model of tensors", other)
+        return show_agreement.run(models[0], against, threads=threads, as_json=as_json, **tensors)
+    _refuse("for a language model", {n: v or None for n, v in tensors.items()})
     shared: dict[str, Any] = {"against": against, "threads": threads, "as_json": as_json}
     tasks = {name: fields.pop(name) for name in show_tasks.NAMES}
     needle = {name: fields.pop(name) for name in show_needle.NAMES}

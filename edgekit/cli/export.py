@@ -123,8 +123,10 @@ def _pairs(
     "--eval-data",
     type=click.Path(exists=True, path_type=Path),
     metavar="FILE|FOLDER",
-    help="ONNX: measure the receipt on these texts or images instead of the built-in ones.",
+    help="ONNX: measure the receipt on these texts or images instead of the built-in ones; with"
+    " classes (a folder for each, or JSON lines) the accuracy too.",
 )
+@click.option("--explain-loss", is_flag=True, help="ONNX: say what each layer loses.")
 @click.option("--max-kld", type=float, metavar="NATS", help="Gate: mean KL divergence.")
 @click.option("--max-kld-p99", type=float, metavar="NATS", help="Gate: its 99th percentile.")
 @click.option(
@@ -161,6 +163,7 @@ def command(
     no_receipt: bool,
     eval_data: Path | None,
     goal: str | None,
+    explain_loss: bool,
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
@@ -244,6 +247,7 @@ def command(
             receipt=not no_receipt,
             gates=gates,
             eval_data=eval_data,
+            explain_loss=explain_loss,
             **vars(options),
         )
     _render(artifact, as_json)

@@ -75,6 +75,13 @@ def _number(name: str, text: str) -> Callable[[Any], Any]:
     show_default=True,
     help="Classes to show, of a model that classifies.",
 )
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="TEXT",
+    help='Choose among these, such as "a photo of a cat", by a model of images and texts.',
+)
 @click.option("--runtime", metavar="NAME", help="Engine [default: the one for the format].")
 @click.option("--device", metavar="NAME", help="Run there: a device of yours, or an SSH host.")
 def command(
@@ -86,6 +93,7 @@ def command(
     pooling: str,
     as_json: bool,
     top: int,
+    labels: tuple[str, ...],
     runtime: str | None,
     device: str | None,
     **options: Any,
@@ -123,7 +131,9 @@ def command(
         return
     with load(artifact, runtime=runtime, embeddings=embed, **fields) as session:
         if hasattr(session, "task"):
-            run_tensors.show_answer(session, prompt, top, as_json)
+            run_tensors.show_answer(session, prompt, labels, top, as_json)
+        elif labels:
+            raise UsageError("--label is for a model of images and texts")
         elif prompt is None:
             _chat(session, params, system)
         elif embed:

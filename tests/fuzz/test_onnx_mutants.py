@@ -19,7 +19,7 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import onnx
 
 COUNT = 2000
-LOADED = 200  # a child process each
+LOADED, PIECES = 200, 10  # a child process each, in pieces of some minutes
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +110,17 @@ def test_every_mutant_is_counted_or_refused_within_a_second(
     assert count // 20 < counted < count
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(LOADED, marks=pytest.mark.fuzz)])
-def test_no_mutant_takes_the_process_with_it(count: int, sound: bytes, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("count", "piece"),
+    [(8, 0), *(pytest.param(LOADED, n, marks=pytest.mark.fuzz) for n in range(1, PIECES + 1))],
+)
+def test_no_mutant_takes_the_process_with_it(
+    count: int, piece: int, sound: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "mutant.onnx"
     ran = 0
-    for raw in mutants(sound, count, "load"):
+    for raw in mutants(sound, count, f"load{piece or ''}"):
         path.write_bytes(raw)
         with contextlib.suppress(EdgekitError), edgekit.load(path, n_threads=1) as session:
             session.run({"x": np.zeros((1, 1, 8, 8), np.float32)})

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_torch
 from small_artifact import build
 
 from edgekit.artifact import Artifact
@@ -143,6 +144,48 @@ def test_a_stopped_export_leaves_nothing_within_5_s(
     assert not any(Path(f"/proc/{pid}").exists() for pid in engine)
 
 
+def onnx_export(folder: Path) -> tuple[str, ...]:
+    """A ViT of two blocks to ONNX, without its receipt."""
+    model = tiny_torch.vit_folder(folder / "model")
+    return (str(model), "--format", "onnx", "--chunks", "8", "--no-receipt")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_kill_9_at_25_points_of_an_onnx_export(folder: Path, tmp_path: Path) -> None:
+    kill_at_random_points(folder, 25, onnx_export(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "trace",
+        pytest.param("quantize", marks=pytest.mark.slow),
+        pytest.param("fuse", marks=pytest.mark.slow),
+        pytest.param("compare answers", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_onnx_export_leaves_nothing_within_5_s(
+    folder: Path, tmp_path: Path, stage: str
+) -> None:
+    what = [word for word in onnx_export(tmp_path) if word != "--no-receipt"]
+    process = subprocess.Popen(
+        [*EDGEKIT, "export", *what, "--out", str(folder / "artifact")],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(stage.encode()):
+            break
+    stopped_s = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert time.monotonic() - stopped_s < 5
+    assert process.returncode == 130
+    assert list(folder.iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Mount a tmpfs of so many bytes."""
@@ -188,6 +231,28 @@ def test_a_full_disk_is_one_clear_error_at_20_sizes(
         assert visible(disk) == (["artifact", "hog"] if steals else ["artifact"])
         assert Artifact.open(disk / "artifact").sha256 == old.sha256
         old.verify()
+
+
+@pytest.mark.parametrize(
+    "steals", [pytest.param(False, marks=pytest.mark.slow), True], ids=["small", "stolen"]
+)
+def test_a_full_disk_is_one_clear_error_of_an_onnx_export(
+    small_disk: Callable[[int], Path], tmp_path: Path, steals: bool
+) -> None:
+    size = (8 << 20) if steals else (1 << 20)
+    disk = small_disk(size)
+    old = build(disk / "artifact")
+    process = start(disk / "artifact", onnx_export(tmp_path))
+    if steals:
+        while not (disk / "artifact.partial").exists() and process.poll() is None:
+            time.sleep(0.01)
+        hog(disk, size - (400 << 10))
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 6, stderr
+    assert b"error: " in stderr and b"hint: " in stderr and b"Traceback" not in stderr
+    assert visible(disk) == (["artifact", "hog"] if steals else ["artifact"])
+    assert Artifact.open(disk / "artifact").sha256 == old.sha256
+    old.verify()
 
 
 def hog(disk: Path, size_bytes: int) -> None:

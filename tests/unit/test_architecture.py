@@ -26,10 +26,10 @@ _FLOORS = """
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
-2  tensor_types model_shape vision_cost onnx_shapes onnx_cost
+2  tensor_figures labelled_inputs tensor_types model_shape vision_cost onnx_shapes onnx_cost
 4  predictor plan_memory plan_validate remote remote_tensors far_side wheelhouse device_setup
 2  network_folder
-4  peak_loops proof_files proof_tensors latency latency_files
+4  peak_loops proof_files proof_tensors agreement latency latency_files
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 4  planned_model vision_predictor measured_profile device_probe storage bench_prediction
 5  cli __main__

@@ -10,13 +10,15 @@ import pytest
 
 from edgekit.errors import GateError, ParityError
 from edgekit.intervals import Interval
-from edgekit.preprocess import Preprocessing, TextSteps
+from edgekit.preprocess import ImageSteps, Matching, Preprocessing, TextSteps
 from edgekit.receipt import Agreement, Gates, Latency, Receipt, differences
-from edgekit.runtimes.tensor_agreement import measure
+from edgekit.runtimes.ort_towers import TwoEncoders
+from edgekit.runtimes.tensor_agreement import measure, ranking
 from edgekit.sample_inputs import Samples
 
 CLASSES = Preprocessing("image-classification")  # no image is opened: the feeds are made here
-VECTORS = Preprocessing("text-embedding", text=TextSteps("tokenizer.json", 8, "cls", True, 0))
+TEXT = TextSteps("tokenizer.json", 8, "cls", normalize=True, pad_id=0, padded=False)
+VECTORS = Preprocessing("text-embedding", text=TEXT)
 
 
 class Answers:
@@ -115,3 +117,39 @@ def test_a_receipt_survives_json_and_shows_where_it_no_longer_holds() -> None:
         {"data_sha256": "1"},
     ):
         assert len(differences(was, _receipt(**change))) == 1
+
+
+class Encoder:
+    """Gives out the vectors that it is asked for by their numbers."""
+
+    def __init__(self, vectors: Any) -> None:
+        self.vectors = vectors
+
+    def run(self, feed: Any) -> dict[str, Any]:
+        return {"out": self.vectors[feed["number"]][None]}
+
+
+def test_a_ranking_counts_the_likeliest_texts_and_their_order() -> None:
+    numbers = [{"number": i} for i in range(4)]
+    vectors = np.eye(4, dtype=np.float32) + 0.1
+    image = ImageSteps("x", 8, 8, None, 8, 8, False, "bilinear", 1.0, (0.0,), (1.0,))
+    matching = Matching("text.onnx", 100.0, 0.0, alone=False)
+    steps = Preprocessing(
+        "image-text",
+        image=image,
+        text=VECTORS.text,
+        matching=matching,
+    )
+    sound = TwoEncoders(*(_session(vectors) for _ in range(2)), matching)
+    swapped = TwoEncoders(_session(vectors), _session(vectors[[1, 0, 2, 3]]), matching)
+    same = ranking(sound, sound, [numbers, numbers], steps)
+    assert (same.top1.value, same.order.value, same.max_error) == (1, pytest.approx(1), 0)
+    other = ranking(swapped, sound, [numbers, numbers], steps)
+    assert (other.images, other.texts, other.top1.value) == (4, 4, 0.5)
+    assert other.order.value < 0.9 and other.max_error > 0.5
+
+
+def _session(vectors: Any) -> Any:
+    found: Any = Encoder(vectors)
+    found.inputs = found.outputs = ()
+    return found
