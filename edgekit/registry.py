@@ -161,6 +161,7 @@ RECIPES = Shelf(
     "edgekit.recipes",
     {
         "minimal": "edgekit.training.minimal:RECIPE",
+        "tinyllama": "edgekit.training.tinyllama:RECIPE",
     },
     extra="train",
 )

@@ -19,5 +19,10 @@ class Entry:
 
 
 CATALOGUE = {
-    "minimal": Entry("Smallest image classifier by constraint: shifts and 1x1 convolutions only."),
+    "minimal": Entry(
+        "Smallest image classifier by constraint: shifts and 1x1 convolutions only.",
+        "91.86% on Fashion-MNIST, 99.50% on 2,000 digits of MNIST, 96,490 parameters",
+        "benchmarks/train/run minimal",
+    ),
+    "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgekit import _fs, latency
+from edgekit.bench import bench
 from edgekit.exporter import export
 from edgekit.training.run import Run
 
@@ -45,3 +46,28 @@ def figures(
             "latency_ms": statistics.median(runs),
         }
     return found
+
+
+def gguf_figures(run: Run, fill: Fill) -> dict[str, float]:
+    """``gguf_bytes`` of the F16 file of a language model, and its median ``decode_tok_s`` on one
+    thread of llama.cpp. Call it on the main process.
+    """
+    folder, out = run.work / "deploy", run.work / "deploy-gguf"
+    _fs.remove_tree(folder)
+    folder.mkdir(parents=True)
+    fill(folder)
+    artifact = export(folder, "gguf", out=out, type="F16", receipt=False)
+    report = bench(
+        artifact,
+        threads=(1,),
+        prompts=(),
+        answers=(64,),
+        repetitions=3,
+        sessions=False,
+        probe=False,
+    )
+    speeds = [speed for row in report.rows for speed in row.speeds]
+    return {
+        "gguf_bytes": float(artifact.size_bytes),
+        "decode_tok_s": statistics.median(speeds),
+    }

@@ -1,0 +1,215 @@
+"""Texts to train on: read and cut, tokenized once into a file, memory-mapped, packed to one length.
+
+Knows files, tokens and pairs of question and answer; never a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from edgekit import _fs
+from edgekit.errors import DataError
+from edgekit.formats import json_file
+from edgekit.formats.foreign import Malformed
+from edgekit.training.trainer import Batch
+
+END, USER, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIALS = (END, USER, TURN_END)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_BLOCK_CHARS = 2000
+_HELD_EVERY = 40  # blocks: each fortieth is never trained on
+_AT_ONCE = 512  # blocks that are tokenized together
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Blocks of some 2,000 characters, cut between lines."""
+
+    train: list[str]
+    held: list[str]
+
+
+def read(spec: str) -> Texts:
+    """``spec`` is a UTF-8 text, a folder of ``*.txt``, or the name of a folder in the cache, as
+    ``benchmarks/train/fetch`` makes them ("prose"). Raises DataError.
+    """
+    path = Path(spec).expanduser()
+    if not path.exists() and spec.isidentifier():
+        path = _fs.home("cache") / "data" / spec
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise DataError(
+            f"there is no text {spec!r:.80}",
+            hint="a .txt file, a folder of them, or prose, which benchmarks/train/fetch gets",
+        )
+    blocks = [block for file in files for block in _blocks(file)]
+    held = blocks[_HELD_EVERY - 1 :: _HELD_EVERY]
+    train = [b for n, b in enumerate(blocks) if n % _HELD_EVERY != _HELD_EVERY - 1]
+    if not held:
+        raise DataError(
+            f"{spec} has {len(blocks)} blocks of {_BLOCK_CHARS} characters",
+            hint=f"at least {_HELD_EVERY}: one is held out to judge by",
+        )
+    return Texts(train, held)
+
+
+def _blocks(file: Path) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 at byte {error.start}", hint="convert it") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _BLOCK_CHARS)
+        end = len(text) if end < 0 else end + 1
+        yield text[start:end]
+        start = end
+
+
+def byte_pairs(blocks: Sequence[str], size: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016, algorithm 1; on bytes: Radford et al. 2019, section
+    2.2) of ``size`` entries, the special ones first; words are split as in GPT-2.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(blocks, trainer, length=len(blocks))
+    if tokenizer.get_vocab_size() < size:
+        raise DataError(
+            f"the text gives only {tokenizer.get_vocab_size()} tokens, not {size}",
+            hint="more text, or a smaller size",
+        )
+    return tokenizer
+
+
+def pack(tokenizer: Tokenizer, blocks: Sequence[str], path: Path) -> None:
+    """Write the tokens of all ``blocks``, an end after each, as uint16 or uint32."""
+    end = tokenizer.token_to_id(END)
+    kind = _kind(tokenizer)
+    most = sum(len(block.encode()) + 1 for block in blocks)  # no token is less than a byte
+    with _fs.disk_errors(path):
+        tokens = np.memmap(path, dtype=kind, mode="w+", shape=(most,))
+        at = 0
+        for start in range(0, len(blocks), _AT_ONCE):
+            found = tokenizer.encode_batch(list(blocks[start : start + _AT_ONCE]))
+            for each in found:
+                ids = [*each.ids, end]
+                tokens[at : at + len(ids)] = ids
+                at += len(ids)
+        tokens.flush()
+        del tokens
+        os.truncate(path, at * kind().itemsize)
+
+
+def _kind(tokenizer: Tokenizer) -> Any:
+    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+
+
+def tokens_of(tokenizer: Tokenizer, path: Path) -> np.ndarray[Any, Any]:
+    """What ``pack`` wrote, mapped and not loaded."""
+    return np.memmap(path, dtype=_kind(tokenizer), mode="r")
+
+
+class Packed:
+    """Pieces of ``length`` tokens and those that follow each: data for the trainer."""
+
+    def __init__(self, tokens: np.ndarray[Any, Any], length: int) -> None:
+        self.tokens, self.length = tokens, length
+        if len(tokens) <= length:
+            raise DataError(
+                f"{len(tokens)} tokens are no piece of {length}", hint="more text, a smaller length"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.length
+
+    def batch(self, numbers: torch.Tensor) -> Batch:
+        starts = numbers.numpy()[:, None] * self.length
+        found = self.tokens[starts + np.arange(self.length + 1)].astype(np.int64)
+        pieces = torch.from_numpy(found)
+        return pieces[:, :-1], pieces[:, 1:]
+
+
+# Questions and answers
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question and its answer."""
+
+    prompt: str
+    answer: str
+
+
+def pairs(path: Path, limit: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """Train and held out, from JSON lines with texts "prompt" and "answer". Raises DataError."""
+    found = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(lines[: limit or None], 1):
+        try:
+            match json_file.parse(line):
+                case {"prompt": str(prompt), "answer": str(answer)} if prompt and answer:
+                    found.append(Pair(prompt, answer))
+                case _:
+                    raise Malformed("has no texts prompt and answer")
+        except Malformed as error:
+            raise DataError(f"{path}: line {number} {error}") from None
+    held = found[_HELD_EVERY - 1 :: _HELD_EVERY]
+    if not held:
+        raise DataError(f"{path} has {len(found)} pairs", hint=f"at least {_HELD_EVERY}")
+    return [p for n, p in enumerate(found) if n % _HELD_EVERY != _HELD_EVERY - 1], held
+
+
+class Answers:
+    """Chats of one question and one answer, padded to ``length``; what is no answer has the target
+    -100, so that the loss is on answers only (and on their ends).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chats: Sequence[Pair], length: int) -> None:
+        end = tokenizer.token_to_id(END)
+        asked = tokenizer.encode_batch(
+            [f"{USER}user\n{p.prompt}{TURN_END}\n{USER}assistant\n" for p in chats]
+        )
+        told = tokenizer.encode_batch([f"{p.answer}{TURN_END}" for p in chats])
+        self.ids = torch.full((len(chats), length + 1), end)
+        self.targets = torch.full((len(chats), length + 1), _IGNORED)
+        for row, (question, answer) in enumerate(zip(asked, told, strict=True)):
+            ids = [*question.ids, *answer.ids][: length + 1]
+            self.ids[row, : len(ids)] = torch.tensor(ids)
+            begin = len(question.ids)
+            self.targets[row, begin : len(ids)] = torch.tensor(ids[begin:], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, numbers: torch.Tensor) -> Batch:
+        return self.ids[numbers, :-1], self.targets[numbers, 1:]
+
+
+def terms(batch: Batch) -> torch.Tensor:
+    """How many tokens of a batch have a target."""
+    return (batch[1] != _IGNORED).sum()
