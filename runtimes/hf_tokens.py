@@ -83,7 +83,7 @@ class HfTokens:
         if token in self._added:
             added = str(self._added[token].content)
             return (added if self._bytes_as_letters else added.replace(_SPACE, " ")).encode()
-        text = self._special.id_to_token(token)
+        text: str | None = self._special.id_to_token(token)
         if text is None:  # tables are often padded to more rows than there are tokens
             return b""
         if self._bytes_as_letters:

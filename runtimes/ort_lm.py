@@ -60,10 +60,9 @@ def pass_first(path: Path) -> None:
     reading a header raises.
     """
     header = onnx.read(path)
-    beside = sorted({tensor.external for tensor in header.initializers if tensor.external})
     texts = [name for name in (FACTS, TOKENIZER, TEMPLATE) if (path.parent / name).is_file()]
     first_load.pass_once(
-        [path, *(path.parent / name for name in [*beside, *texts])],
+        [path, *(path.parent / name for name in [*header.beside, *texts])],
         "edgekit.runtimes.ort_lm:attempt",
         {"path": str(path.absolute())},
         version("onnxruntime"),
