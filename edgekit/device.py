@@ -88,13 +88,15 @@ class Words:
 class Product:
     """What the engine's own product of one tensor type reaches with ``threads`` threads.
 
-    ``decode_gflops`` with one column, ``prefill_gflops`` with 512 (``probe.KernelLimit``).
+    ``decode_gflops`` with one column, ``prefill_gflops`` with 512, ``stream_gflops`` with one and
+    weights from memory (``probe.KernelLimit``).
     """
 
     type: str
     threads: int
     decode_gflops: float
     prefill_gflops: float
+    stream_gflops: float
     source: Source
     origin: str = field(metadata={"key": "from"})
 
@@ -103,6 +105,7 @@ class Product:
             raise ValueError("threads must lie between 1 and 512")
         _check_value(self.decode_gflops)
         _check_value(self.prefill_gflops)
+        _check_value(self.stream_gflops)
         _check_source(self.origin)
 
 
@@ -206,7 +209,7 @@ class DeviceProfile:
 
     ``board`` is how the device tree's model text begins, None for a PC. ``threads`` decode fastest.
     ``engines`` says which fast paths of each engine it takes. ``products`` and ``operator_us`` (the
-    cost of one nearly empty operator of the engine) were measured on a board; they may be empty.
+    cost of one small operator of the engine) were measured on a board; they may be empty.
     """
 
     name: str

@@ -84,6 +84,7 @@ def measured_profile(
                 kernel.n_threads,
                 kernel.decode_flops_s / 1e9,
                 kernel.prefill_flops_s / 1e9,
+                kernel.stream_flops_s / 1e9,
                 "measured",
                 origin,
             )

@@ -20,6 +20,7 @@ BANDS = {"measured": 0.15, "published": 0.25, "assumed": 0.35}
 _OPERATOR_CYCLES = 7000.0
 # Operators of a layer: seven products, norms, rotations, cache writes, attention, additions.
 _OPERATORS_PER_LAYER = 18
+_PRODUCTS_PER_LAYER = 7
 # What attention reaches of the float32 peak: with many queries, and with a single one.
 _ATTENTION_PROMPT, _ATTENTION_TOKEN = 0.3, 0.08
 # What a prompt reaches of the float32 peak with float weights: a model's matrices are no small ones
@@ -123,7 +124,8 @@ class _Rates:
     """What one processor reaches.
 
     ``one`` and ``many`` are FLOP per second of products of one and of 512 columns, by the weights'
-    type; the other two those of attention. ``alone_bytes_s`` is what the threads would read if none
+    type; the other two those of attention. ``stream`` is that of one column with weights from
+    memory, None where it was not measured. ``alone_bytes_s`` is what the threads would read if none
     stood in another's way.
     """
 
@@ -134,16 +136,20 @@ class _Rates:
     operator_s: float
     one: Callable[[str], float]
     many: Callable[[str], float]
+    stream: Callable[[str], float | None]
 
 
 @dataclass(frozen=True)
 class _Time:
-    """Parts of a token's time, or of a part of it."""
+    """Parts of a token's time, or of a part of it; ``together_s`` is that of reading and computing
+    where both were measured as one.
+    """
 
     memory_s: float
     alone_s: float
     compute_s: float
     overhead_s: float
+    together_s: float | None = None
 
     @property
     def total_s(self) -> float:
@@ -151,6 +157,8 @@ class _Time:
 
         The slower of both sets the pace, and two that are near each other both cost something.
         """
+        if self.together_s is not None:
+            return self.together_s + self.overhead_s
         threads_s = self.alone_s + self.compute_s
         return float((self.memory_s**_SHARP + threads_s**_SHARP) ** (1 / _SHARP)) + self.overhead_s
 
@@ -212,6 +220,7 @@ def _cpu(profile: DeviceProfile, threads: int, calibration: Calibration) -> _Rat
         operator_s=operator_s(profile, threads),
         one=lambda kind: one_column_flops(profile, kind, threads),
         many=lambda kind: many_column_flops(profile, kind, threads, calibration),
+        stream=lambda kind: _streamed_flops(profile, kind, threads),
     )
 
 
@@ -225,6 +234,7 @@ def _gpu(gpu: Gpu, calibration: Calibration) -> _Rates:
         operator_s=gpu.launch_us.value / 1e6,
         one=lambda kind: flops,
         many=lambda kind: flops,
+        stream=lambda kind: None,
     )
 
 
@@ -234,12 +244,31 @@ def _decode(cost: ModelCost, rates: _Rates, work: Work) -> _Time:
     rate = rates.one if work.n_seqs == 1 else rates.many
     products_s = sum(flops / rate(kind) for kind, flops in cost.flops_by_type().items())
     attention_s = cost.attention_flops(work.depth) / rates.attention_one
+    together_s = _together_s(cost, rates, work, attention_s) if work.n_seqs == 1 else None
+    count = operators(cost)
+    if together_s is not None:  # what products cost beside their work was measured with them
+        count -= _PRODUCTS_PER_LAYER * len(cost.layers)
     return _Time(
         read / rates.read_bytes_s,
         read / rates.alone_bytes_s,
         work.n_seqs * (products_s + attention_s),
-        operators(cost) * rates.operator_s,
+        count * rates.operator_s,
+        together_s,
     )
+
+
+def _together_s(cost: ModelCost, rates: _Rates, work: Work, attention_s: float) -> float | None:
+    """Seconds of one token's products with weights from memory, and of its attention; None if a
+    type that it needs was not measured so.
+    """
+    seconds = attention_s
+    for kind, flops in cost.flops_by_type().items():
+        rate = rates.stream(kind)
+        if rate is None:
+            return None
+        seconds += flops / rate
+    others = cost.other_bytes + cost.kv_bytes(work.depth, work.kv_type)
+    return seconds + others / rates.read_bytes_s
 
 
 def _prefill(cost: ModelCost, rates: _Rates, work: Work) -> _Time:
@@ -263,7 +292,7 @@ def operators(cost: ModelCost) -> int:
 
 
 def operator_s(profile: DeviceProfile, threads: int) -> float:
-    """Seconds of one nearly empty operator: measured, or a number of cycles."""
+    """Seconds of one small operator: measured, or a number of cycles."""
     if profile.operator_us:
         return at_threads(profile.operator_us, threads).value / 1e6
     return _OPERATOR_CYCLES / (profile.cpu.clock_mhz.value * 1e6)
@@ -291,6 +320,11 @@ def one_column_flops(profile: DeviceProfile, kind: str, threads: int) -> float:
         return measured.decode_gflops * 1e9
     factor = _ONE_COLUMN[_path(profile)] * _vnni(profile) * _unpacking(kind)
     return factor * profile.flops(threads)
+
+
+def _streamed_flops(profile: DeviceProfile, kind: str, threads: int) -> float | None:
+    measured = profile.product(kind, threads)
+    return None if measured is None else measured.stream_gflops * 1e9
 
 
 def many_column_flops(
@@ -338,8 +372,8 @@ def _inputs(
 
 
 def _product_input(each: Product) -> Input:
-    name = f"{each.type} products of one column, {each.threads} threads"
-    return Input(name, each.decode_gflops, "GFLOP/s", each.source, each.origin)
+    name = f"{each.type} products of one column from memory, {each.threads} threads"
+    return Input(name, each.stream_gflops, "GFLOP/s", each.source, each.origin)
 
 
 def impossible(tok_s: float, cost: ModelCost, profile: DeviceProfile) -> str | None:

@@ -33,6 +33,7 @@ _SHAPES = ((192, 192, 320), (384, 384, 384), (512, 512, 512))
 _LARGEST_SET_BYTES = 1 << 30
 _UNKNOWN_CACHE_BYTES = 32 << 20
 _TIMES_CACHE = 8
+_STREAM_BYTES = 128 << 20  # of the engine's weights: packing more would take too long
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,22 @@ class Limit:
 class KernelLimit:
     """What the engine's own product of one tensor type reaches, in FLOP per second.
 
-    ``prefill_flops_s`` with 512 columns, ``decode_flops_s`` with one, weights in the cache.
+    ``prefill_flops_s`` with 512 columns, ``decode_flops_s`` with one, weights in the cache;
+    ``stream_flops_s`` with one, weights from memory.
     """
 
     type: str
     n_threads: int
     prefill_flops_s: float
     decode_flops_s: float
+    stream_flops_s: float
 
 
 @dataclass(frozen=True)
 class OperatorLimit:
-    """Seconds that one nearly empty operator of the engine's graph takes: dispatch and barrier."""
+    """Seconds that a small operator of the engine's graph takes between its products: dispatch,
+    barrier, and what the caches had lost.
+    """
 
     n_threads: int
     operator_s: float
@@ -88,7 +93,7 @@ class Limits:
         return next((k for k in self.kernels if (k.type, k.n_threads) == wanted), None)
 
     def operator_s(self, n_threads: int) -> float | None:
-        """Seconds of one nearly empty operator, if they were measured."""
+        """Seconds of one small operator, if they were measured."""
         return next((o.operator_s for o in self.operators if o.n_threads == n_threads), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def limits(
 ) -> Limits:
     """The limits of this machine at each of ``threads``; the first time 1.5 s for each count.
 
-    ``types`` ("Q4_K" and the like) asks for the engine's own products too: 1 s for each and count.
+    ``types`` ("Q4_K" and the like) asks for the engine's own products too: 2 s for each and count.
     What was measured on a quiet machine is remembered; ``fresh`` measures it again.
     Raises UsageError for no or impossible counts, MissingExtraError without numpy or the engine.
     """
@@ -122,7 +127,7 @@ def limits(
         engine = memory.complete(
             f"{machine_key}; llama-cpp-python {llama_library.version()}",
             {_operator_key(count): 1 for count in counts}
-            | {_kernel_key(name, count): 2 for name in names for count in counts},
+            | {_kernel_key(name, count): 3 for name in names for count in counts},
             lambda: _child(
                 "_measure_engine",
                 {"threads": counts, "types": names},
@@ -318,10 +323,12 @@ def _measure_engine(threads: list[int], types: list[str]) -> dict[str, Any]:
 
     neighbours = _Neighbours()
     found: dict[str, Any] = {}
+    stream_bytes = min(_set_bytes(), _STREAM_BYTES)
     for done, count in enumerate(threads):
         found[_operator_key(count)] = [llama_ceiling.operator_s(count)]
         for place, name in enumerate(types):
-            found[_kernel_key(name, count)] = list(llama_ceiling.product_flops(name, count))
+            flops = llama_ceiling.product_flops(name, count, stream_bytes)
+            found[_kernel_key(name, count)] = list(flops)
             _proc.report([done * len(types) + place + 1, len(threads) * len(types)])
     return {"limits": found, "busy": neighbours.disturbed()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,11 +28,16 @@ _PREFILL_SHAPE, _PREFILL_COLUMNS, _PREFILL_TIMES = (2048, 1024), 512, 1
 # Decode: weights that stay in the second cache, which has 512 KiB on most CPUs and boards.
 # From the third one a wide type would be as slow as from memory, and that is another roof.
 _DECODE_WIDTH, _DECODE_BYTES, _DECODE_COLUMNS, _DECODE_TIMES = 1024, 256 << 10, 1, 64
-_OPERATORS = 4000
-_WIDTH = 576
+# The same from memory: matrices as a small model has them, one after the other.
+_STREAM_SHAPE, _STREAM_COLUMNS = (1024, 1024), 1
+# Small operators as they stand in a model: between products whose weights empty the caches.
+_OPERATORS_BETWEEN, _BETWEEN_TYPE, _EPSILON = 2, "Q8_0", 1e-5
+_BETWEEN_BYTES = 16 << 20  # a run of a millisecond or two: among many there are quiet ones
 _SAMPLE_ROWS = 16
+_LEAST_OPERATOR_S = 2e-8  # two figures that are alike say nothing of their difference
 _ROUNDS = 2
 _BUDGET_S = 0.4
+_PAIRED_S = 0.8
 
 
 class _InitParams(ctypes.Structure):
@@ -45,67 +50,120 @@ class _InitParams(ctypes.Structure):
     )
 
 
-def product_flops(type_name: str, n_threads: int) -> tuple[float, float]:
-    """FLOP per second of ``type_name`` weights times float32 columns: (512 columns, one column).
+def product_flops(type_name: str, n_threads: int, stream_bytes: int) -> tuple[float, float, float]:
+    """FLOP per second of ``type_name`` weights times float32 columns: 512 columns, one column with
+    weights in the cache, and one column with ``stream_bytes`` of weights, each read once.
 
     The weights lie as the engine would keep a model's, repacked where it repacks them. The best of
-    a few rounds, in about a second.
+    a few rounds, in about two seconds.
     """
     prefill = _Product(type_name, _PREFILL_SHAPE, _PREFILL_COLUMNS, _PREFILL_TIMES, n_threads)
     row_bytes = TYPES[_NUMBERS[type_name]].size_bytes(_DECODE_WIDTH)
     rows = _DECODE_BYTES // row_bytes // _SAMPLE_ROWS * _SAMPLE_ROWS
     shape = _DECODE_WIDTH, rows
     decode = _Product(type_name, shape, _DECODE_COLUMNS, _DECODE_TIMES, n_threads)
-    return prefill.flops_s(), decode.flops_s()
+    copies = _copies(type_name, stream_bytes)
+    stream = _Product(type_name, _STREAM_SHAPE, _STREAM_COLUMNS, 1, n_threads, copies)
+    return prefill.flops_s(), decode.flops_s(), stream.flops_s()
 
 
 def operator_s(n_threads: int) -> float:
-    """Seconds of one addition of two small rows: dispatch, and the barrier behind it."""
-    ggml = _ggml()
-    with _context(_OPERATORS + 2) as context, _backend(n_threads) as backend, ExitStack() as stack:
-        zeros, last = (ggml.ggml_new_tensor_2d(context, TYPE_F32, _WIDTH, 1) for _ in range(2))
-        first = last
-        for _ in range(_OPERATORS):
-            last = ggml.ggml_add_inplace(context, last, zeros)
-        graph = _graph(context, [last], _OPERATORS)
-        _allocate(context, _plain_memory(), stack)
-        for row in (zeros, first):
-            _set(row, np.zeros(_WIDTH, dtype=np.float32).tobytes())
-        return _fastest(lambda: _run(backend, graph)) / _OPERATORS
+    """Seconds of a norm or an addition of one small row, as they stand between the products of a
+    model: dispatch, the barrier behind it, and what has to be fetched anew, for the weights that
+    are read between have emptied the nearer caches.
+
+    Many in a row would take a tenth of it each: their code and their rows would stay at hand.
+    """
+    copies = _copies(_BETWEEN_TYPE, _BETWEEN_BYTES)
+    work = _Product(_BETWEEN_TYPE, _STREAM_SHAPE, _STREAM_COLUMNS, 1, n_threads, copies)
+    with work.prepared(between=(0, _OPERATORS_BETWEEN)) as runs:
+        plain_s, mixed_s = _fastest_in_turn(runs)
+    return max((mixed_s - plain_s) / (copies * _OPERATORS_BETWEEN), _LEAST_OPERATOR_S)
+
+
+def _copies(type_name: str, stream_bytes: int) -> int:
+    """How many matrices of _STREAM_SHAPE have so many bytes."""
+    width, height = _STREAM_SHAPE
+    return max(1, stream_bytes // (TYPES[_NUMBERS[type_name]].size_bytes(width) * height))
 
 
 class _Product:
-    """``times`` products, one after the other, of one weight matrix with the same columns."""
+    """``times`` products, one after the other, of each of ``copies`` weight matrices with the same
+    columns.
+    """
 
     def __init__(
-        self, type_name: str, shape: tuple[int, int], columns: int, times: int, n_threads: int
+        self,
+        type_name: str,
+        shape: tuple[int, int],
+        columns: int,
+        times: int,
+        n_threads: int,
+        copies: int = 1,
     ) -> None:
         self._type = _NUMBERS[type_name]
         self._shape = shape
         self._columns = columns
         self._times = times
+        self._copies = copies
         self._n_threads = n_threads
 
     def flops_s(self) -> float:
+        width, height = self._shape
+        with self.prepared() as (run,):
+            seconds = _fastest(run)
+        return 2.0 * width * height * self._columns * self._copies * self._times / seconds
+
+    @contextmanager
+    def prepared(self, between: Sequence[int] = (0,)) -> Iterator[list[Callable[[], None]]]:
+        """All of it in memory, ready to run again and again; for each count of ``between`` a way
+        with so many small operators behind each product.
+        """
         ggml = _ggml()
         width, height = self._shape
+        products = self._copies * self._times
         with (
             ExitStack() as stack,
-            _context(1) as weights,
-            _context(self._times + 1) as context,
+            _context(self._copies) as weights,
+            _context(1) as given,
             _backend(self._n_threads) as backend,
         ):
-            weight = ggml.ggml_new_tensor_2d(weights, self._type, width, height)
-            inputs = ggml.ggml_new_tensor_2d(context, TYPE_F32, width, self._columns)
-            outputs = [ggml.ggml_mul_mat(context, weight, inputs) for _ in range(self._times)]
-            graph = _graph(context, outputs, self._times)
-            _allocate(weights, _weight_memory(weight, outputs[0], stack), stack, weights=True)
-            _allocate(context, _plain_memory(), stack)
-            _set(weight, _weight_bytes(self._type, width, height))
+            matrices = [
+                ggml.ggml_new_tensor_2d(weights, self._type, width, height)
+                for _ in range(self._copies)
+            ]
+            inputs = ggml.ggml_new_tensor_2d(given, TYPE_F32, width, self._columns)
+            graphs = []
+            for count in between:
+                context = stack.enter_context(_context(products * (1 + count)))
+                outputs = [
+                    ggml.ggml_mul_mat(context, matrix, inputs)
+                    for matrix in matrices
+                    for _ in range(self._times)
+                ]
+                first = outputs[0]
+                ends = [_followed(context, output, inputs, count) for output in outputs]
+                graphs.append((context, _graph(context, ends, products * (1 + count))))
+            _allocate(weights, _weight_memory(matrices[0], first, stack), stack, weights=True)
+            _allocate(given, _plain_memory(), stack)
+            for context, _ in graphs:
+                _allocate(context, _plain_memory(), stack)
+            packed = _weight_bytes(self._type, width, height)
+            for matrix in matrices:
+                _set(matrix, packed)
             random = np.random.default_rng(0)
             _set(inputs, random.standard_normal(width * self._columns, np.float32).tobytes())
-            seconds = _fastest(lambda: _run(backend, graph))
-        return 2.0 * width * height * self._columns * self._times / seconds
+            yield [functools.partial(_run, backend, graph) for _, graph in graphs]
+
+
+def _followed(context: Any, output: Any, row: Any, count: int) -> Any:
+    """``output`` with so many norms and additions of ``row`` behind it; both have one size."""
+    for number in range(count):
+        if number % 2:
+            output = _ggml().ggml_add(context, output, row)
+        else:
+            output = _ggml().ggml_rms_norm(context, output, _EPSILON)
+    return output
 
 
 def _weight_bytes(type_number: int, width: int, height: int) -> bytes:
@@ -128,11 +186,25 @@ def _fastest(run: Callable[[], None]) -> float:
     best = float("inf")
     rounds = 0
     while rounds < _ROUNDS or time.perf_counter() - began < _BUDGET_S:
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, _timed(run))
         rounds += 1
     return best
+
+
+def _fastest_in_turn(runs: Sequence[Callable[[], None]]) -> list[float]:
+    """``_fastest`` of each; they alternate, so that what disturbs one disturbs all."""
+    best = [_fastest(run) for run in runs]
+    began = time.perf_counter()
+    while time.perf_counter() - began < _PAIRED_S:
+        for number, run in enumerate(runs):
+            best[number] = min(best[number], _timed(run))
+    return best
+
+
+def _timed(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 # ggml
@@ -149,7 +221,8 @@ def _ggml() -> Any:
         "ggml_free": (None, [pointer]),
         "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, number, number]),
         "ggml_mul_mat": (pointer, [pointer] * 3),
-        "ggml_add_inplace": (pointer, [pointer] * 3),
+        "ggml_add": (pointer, [pointer] * 3),
+        "ggml_rms_norm": (pointer, [pointer, pointer, ctypes.c_float]),
         "ggml_new_graph_custom": (pointer, [pointer, size, ctypes.c_bool]),
         "ggml_build_forward_expand": (None, [pointer] * 2),
         "ggml_tensor_overhead": (size, []),

@@ -116,9 +116,9 @@ class EmulatedBoard(sshd.Board):
 
 
 @contextmanager
-def unpacked(folder: Path) -> Iterator[Path]:
-    """The root of such a board, fresh; it goes in the end."""
-    tar = os.environ.get("EDGEKIT_TEST_ROOT")
+def unpacked(folder: Path, suite: str = "") -> Iterator[Path]:
+    """The root of such a board, fresh; it goes in the end. ``suite``: of another Debian."""
+    tar = os.environ.get(f"EDGEKIT_TEST_ROOT{suite and '_'}{suite.upper()}")
     if not tar or os.getuid() != 0 or not _BINFMT.exists():
         pytest.skip("this needs root and an emulated board: run scripts/test-arm64")
     subprocess.run(["tar", "xf", tar, "-C", str(folder), "--numeric-owner"], check=True)

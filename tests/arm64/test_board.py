@@ -9,9 +9,12 @@ from pathlib import Path
 
 import arm64_board
 import pytest
+import tiny_torch
 
-from edgekit import device_setup, remote, wheelhouse
+import edgekit
+from edgekit import device_setup, remote, remote_tensors, wheelhouse
 from edgekit.errors import DeviceError
+from edgekit.exporter import export
 from edgekit.runtime import GenerateParams
 from edgekit.target import Target, open_target
 from edgekit.wheelhouse import Wheelhouse
@@ -75,6 +78,50 @@ def test_a_bare_board_is_set_up_and_answers_with_its_fast_path(
 
     device_setup.remove(board)
     assert not Path(facts.home).exists()
+
+
+def test_a_board_with_trixie_and_python_3_13_is_set_up_and_answers(
+    wheels: Wheelhouse,
+    smollm2_gguf: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        arm64_board.unpacked(tmp_path_factory.mktemp("trixie"), "trixie") as root,
+        arm64_board.board("rpi5", tmp_path_factory.mktemp("board"), root, monkeypatch),
+        open_target("board") as board,
+    ):
+        facts = board.identify()
+        assert facts.python.startswith("3.13.") and "trixie" in facts.os
+        assert device_setup.setup(board, wheels).backend == BACKENDS["rpi5"]
+        params = GenerateParams(max_tokens=4, temperature=0)
+        answer = remote.run_on(
+            board,
+            smollm2_gguf,
+            "The capital of France is",
+            params=params,
+            fields={"n_threads": 1},
+            raw=True,
+            on_piece=lambda piece: None,
+        )
+        assert "Paris" in answer.text
+
+
+@pytest.mark.parametrize("board", ["rpi5"], indirect=True)
+def test_an_onnx_model_answers_and_is_measured_on_a_board(
+    board: Target, wheels: Wheelhouse, tmp_path: Path
+) -> None:
+    tiny_torch.bert_folder(tmp_path / "source")
+    model = export(tmp_path / "source", "onnx", type="F32", out=tmp_path / "m", receipt=False).path
+    with edgekit.load(model, n_threads=1) as session:
+        here = session.embed("a word")
+    device_setup.setup(board, wheels)
+    found = remote_tensors.answer_on(board, model, "a word", top=1, n_threads=1)
+    assert found.vector == pytest.approx(here, abs=1e-4)
+    how = {"threads": [1], "repetitions": 1, "probe_limits": False}
+    report = remote_tensors.latency_on(board, model, **how)
+    assert report.machine.emulated and any("emulated" in remark for remark in report.remarks)
+    assert report.rows[0].model == "m"
 
 
 @pytest.mark.parametrize("board", ["rpi5"], indirect=True)

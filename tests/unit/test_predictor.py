@@ -92,7 +92,7 @@ def test_what_was_measured_takes_the_place_of_what_was_guessed() -> None:
     limits = Limits(
         machine="Cortex-A53; cores 0,1,2,3",
         rows=(Limit(1, 1.5e9, 5e9), Limit(4, 3e9, 20e9)),
-        kernels=(KernelLimit("Q4_K", 4, 30e9, 9e9), KernelLimit("Q6_K", 4, 30e9, 9e9)),
+        kernels=tuple(KernelLimit(kind, 4, 30e9, 9e9, 5e9) for kind in ("Q4_K", "Q6_K")),
         operators=(OperatorLimit(4, 12e-6),),
     )
     cpu = machine.Cpu("Cortex-A53", "aarch64", 4, ("NEON",))

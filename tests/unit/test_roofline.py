@@ -246,7 +246,7 @@ def test_a_row_above_the_limit_is_at_the_limit_and_shows_its_raw_figure() -> Non
 
 ENGINE = replace(
     MACHINE,
-    kernels=(KernelLimit("Q4_0", 1, 400e9, 80e9), KernelLimit("Q8_0", 1, 400e9, 80e9)),
+    kernels=tuple(KernelLimit(kind, 1, 400e9, 80e9, 60e9) for kind in ("Q4_0", "Q8_0")),
     operators=(OperatorLimit(1, 0.5e-6),),
 )
 
