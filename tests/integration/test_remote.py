@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reports
 import sshd
 
 import edgekit
@@ -290,6 +291,56 @@ def test_a_bench_minds_no_clock_that_jumps_here_or_there(
     assert all(0 < seconds < spent_s for row in found.rows for seconds in row.samples_s)
     assert all(0 < session.warm_load_s < spent_s for session in found.sessions)
     assert all(0 <= moment.at_s < spent_s for moment in found.moments)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (("bench", "MODEL", "--profile"), "--profile looks into the engine", "on the device"),
+        (("bench", "--compare", "MODEL", "MODEL", "OTHER"), "looks at one device", "--device a"),
+        (("bench", "--compare", "r.json", "MODEL"), "measures both sides", "--out new.json"),
+        (("eval", "MODEL", "--tasks", "q.jsonl"), "--device means nothing", "leave out --device"),
+        (("eval", "MODEL", "--needle"), "--device means nothing", "leave out --device"),
+        (("eval", "MODEL", "--sensitivity"), "--device means nothing", "leave out --device"),
+    ],
+    ids=["profile", "two devices", "an old report", "tasks", "needle", "sensitivity"],
+)
+def test_what_a_device_is_not_asked_for_says_why_and_what_to_do(
+    cli: Callable[..., Any],
+    smollm2_gguf: Path,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+    hint: str,
+) -> None:
+    (tmp_path / "r.json").write_bytes(reports.made().to_json())
+    given = [str(smollm2_gguf) if word == "MODEL" else word for word in words if word != "OTHER"]
+    done = cli(*given, "--device", "a,b" if "OTHER" in words else "a")
+    assert (done.code, done.stdout) == (2, "")
+    assert message in done.stderr and hint in done.stderr
+
+
+def test_a_chat_on_a_terminal_stays_here(smollm2_gguf: Path) -> None:
+    ours, theirs = os.openpty()
+    words = ["run", str(smollm2_gguf), "--device", "a"]
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit", *words], stdin=theirs, capture_output=True, text=True
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 2 and "--device answers one PROMPT" in done.stderr
+    assert "edgekit run" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_models_are_compared_on_a_board(
+    board: sshd.Board, cli: Callable[..., Any], smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "b.gguf").write_bytes(smollm2_gguf.read_bytes())
+    words = ("-t", "1", "-p", "16", "-n", "8", "-r", "3", "--no-session")
+    done = cli("bench", "--compare", smollm2_gguf, "b.gguf", "--device", "board", *words)
+    assert done.code == 0, done.stderr
+    assert "measured together, in pairs" in done.stdout and "tg8" in done.stdout
 
 
 def test_a_device_that_answers_nonsense_is_an_error_of_ours(bare: sshd.Board) -> None:
