@@ -53,15 +53,47 @@ def _where_installed(names: Iterable[str]) -> list[Any]:
     ]
 
 
+Open = Callable[[str, bool], Session]
+
+
+@pytest.fixture(scope="session")
+def open_session(language_files: Callable[[str], Path]) -> Open:
+    """Load SmolLM2 with a runtime, for embeddings or not."""
+
+    def load(runtime: str, embeddings: bool) -> Session:
+        params = LoadParams(n_ctx=N_CTX, n_threads=1, embeddings=embeddings)
+        session: Session = RUNTIMES.load(runtime)().load(language_files(LANGUAGE[runtime]), params)
+        return session
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def loaded(open_session: Open) -> Iterator[Open]:
+    """The same, once for all tests that close nothing."""
+    sessions: dict[tuple[str, bool], Session] = {}
+
+    def load(runtime: str, embeddings: bool) -> Session:
+        key = runtime, embeddings
+        sessions[key] = sessions.get(key) or open_session(runtime, embeddings)
+        return sessions[key]
+
+    yield load
+    for session in sessions.values():
+        session.close()
+
+
 @pytest.fixture(params=LANGUAGE)
-def session(
-    request: pytest.FixtureRequest, language_files: Callable[[str], Path]
-) -> Iterator[Session]:
-    runtime = RUNTIMES.load(request.param)()
-    params = LoadParams(
-        n_ctx=N_CTX, n_threads=1, embeddings=request.node.name.startswith("test_em")
-    )
-    with runtime.load(language_files(LANGUAGE[request.param]), params) as session:
+def session(request: pytest.FixtureRequest, loaded: Open) -> Session:
+    session = loaded(request.param, request.node.name.startswith("test_em"))
+    session.reset()
+    return session
+
+
+@pytest.fixture(params=LANGUAGE)
+def to_close(request: pytest.FixtureRequest, open_session: Open) -> Iterator[Session]:
+    """A session of the test's own."""
+    with open_session(request.param, False) as session:
         yield session
 
 
@@ -125,11 +157,11 @@ def test_an_unknown_field_or_a_value_out_of_bounds_is_a_usage_error(session: Ses
         session.stream("hi", temperature=-1)
 
 
-def test_a_closed_session_refuses_to_work(session: Session) -> None:
-    session.close()
-    session.close()
+def test_a_closed_session_refuses_to_work(to_close: Session) -> None:
+    to_close.close()
+    to_close.close()
     with pytest.raises(UsageError, match="closed"):
-        session.stream("hi")
+        to_close.stream("hi")
 
 
 @pytest.mark.parametrize("name", _where_installed(RUNTIMES))
@@ -138,9 +170,9 @@ def test_a_file_that_is_not_there_is_a_typed_error(name: str, tmp_path: Path) ->
         RUNTIMES.load(name)().load(tmp_path / "no.gguf", LoadParams())
 
 
-def test_a_stream_that_was_never_begun_is_refused_after_close(session: Session) -> None:
-    stream = session.stream("One two three", max_tokens=4)
-    session.close()
+def test_a_stream_that_was_never_begun_is_refused_after_close(to_close: Session) -> None:
+    stream = to_close.stream("One two three", max_tokens=4)
+    to_close.close()
     with pytest.raises(UsageError, match="closed"):
         next(stream)
 
