@@ -7,8 +7,25 @@ from typing import Any
 
 import litert_torch
 import loop
+import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from ai_edge_quantizer import quantizer, recipe
+
+
+def rounded(array: Any, details: dict[str, Any]) -> Any:
+    """As the input wants it: a static int8 file takes int8."""
+    if details["dtype"] != np.int8:
+        return array
+    scale, zero = details["quantization"]
+    return np.clip(np.rint(array / scale) + zero, -128, 127).astype(np.int8)
+
+
+def floats(array: Any, details: dict[str, Any]) -> Any:
+    """The other way."""
+    if details["dtype"] != np.int8:
+        return array
+    scale, zero = details["quantization"]
+    return (array.astype(np.float32) - zero) * scale
 
 
 def main() -> None:
@@ -34,8 +51,12 @@ def main() -> None:
         work.quantize(ranges).export_model(path)
     runner = Interpreter(path, num_threads=given["threads"]).get_signature_runner()
 
+    wanted = runner.get_input_details()
+    (given_back,) = runner.get_output_details().values()
+
     def run(feed: loop.Feed) -> Any:
-        return next(iter(runner(**by_place(feed)).values()))
+        places = {name: rounded(array, wanted[name]) for name, array in by_place(feed).items()}
+        return floats(next(iter(runner(**places).values())), given_back)
 
     loop.serve(run, given, Path(path).stat().st_size)
 
