@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__, machine, onnx_cost, probe, telemetry
+from edgekit import __version__, language_model, machine, onnx_cost, probe, telemetry
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import hashed, unique
 from edgekit.bench_side import CHILD_BYTES, COPIES, Child, free_bytes
@@ -93,13 +93,24 @@ class _Side:
 
 
 def takes(model: Artifact | str | Path) -> bool:
-    """Whether ``model`` is one without tokens. Raises ArtifactError for a broken artifact."""
-    if isinstance(model, Artifact):
-        return model.format == FORMAT
-    path = Path(model)
-    if path.is_dir() and (path / MANIFEST).exists():
-        return Artifact.open(path).format == FORMAT
-    return path.suffix.lower() == f".{FORMAT}"
+    """Whether ``model`` is one without tokens. Raises ArtifactError for a broken artifact, and
+    UsageError for a language model in ONNX form, which no bench measures yet.
+    """
+    path = model.path if isinstance(model, Artifact) else Path(model)
+    if isinstance(model, Artifact) or (path.is_dir() and (path / MANIFEST).exists()):
+        found = model if isinstance(model, Artifact) else Artifact.open(path)
+        if found.format != FORMAT:
+            return False
+        path = found.model_path
+    if path.suffix.lower() != f".{FORMAT}":
+        return False
+    if language_model.is_one(path):
+        raise UsageError(
+            f"bench takes no language model in ONNX form yet: {path}",
+            hint="its receipt has the speeds (edgekit inspect), and edgekit run shows them;"
+            " as GGUF bench takes it",
+        )
+    return True
 
 
 def latency(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import hub, model_folder, onnx_cost, quant, vision_cost
+from edgekit import hub, language_model, model_folder, onnx_cost, quant, vision_cost
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import SourceError, UsageError
 from edgekit.formats import gguf, json_file, onnx
@@ -105,6 +105,11 @@ def planned(
 
 def _of_onnx(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
     """As the file stands; of a float file also what 8 bits would bring."""
+    if language_model.is_one(path):
+        raise UsageError(
+            f"plan takes no language model in ONNX form yet: {name}",
+            hint="plan for the model that it was made of, whose GGUF has nearly the same size",
+        )
     _check_vision(bits, file_type)
     found = onnx_cost.cost(onnx.read(path, whole=False))
     stands = "int8" if found.is_int8 else "F32"

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 import edgekit
+from edgekit import latency, planned_model
 from edgekit.errors import RecipeError, SourceError, UnsupportedModelError, UsageError
 from edgekit.exporter import ExportOptions, export, plan
 from edgekit.exporters.arch.rope import Rope
@@ -293,3 +294,13 @@ def test_a_family_without_a_graph_and_a_folder_without_a_matrix_are_refused(
     with pytest.raises(SourceError, match="lm_head"):
         export(folder, "onnx", bits=32, receipt=False, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_verbs_that_cannot_measure_it_yet_say_which_can(
+    float_model: Callable[[str], edgekit.Artifact],
+) -> None:
+    path = float_model("llama3").path
+    with pytest.raises(UsageError, match="no language model in ONNX form yet"):
+        latency.takes(path)
+    with pytest.raises(UsageError, match="no language model in ONNX form yet"):
+        planned_model.planned(path)
