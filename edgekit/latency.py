@@ -13,20 +13,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__, language_model, machine, onnx_cost, probe, telemetry
+from edgekit import __version__, graph_file, language_model, machine, probe, telemetry
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import hashed, unique
 from edgekit.bench_side import CHILD_BYTES, COPIES, Child, free_bytes
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.formats import onnx
 from edgekit.latency_report import LatencyReport, LatencyRow, OperatorRow
 from edgekit.registry import OTHER_RUNTIMES, RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
 from edgekit.report import EngineFacts, ModelFacts, VerdictRow, machine_facts
 from edgekit.runtime import runtime_of
 from edgekit.telemetry import Strain
 
-FORMAT = "onnx"
+FORMATS = tuple(graph_file.FORMATS.values())
 _TURN_S = 1.0
 _LEAST_RUNS = 3
 _REPETITIONS = 5
@@ -42,6 +41,7 @@ class _Model:
     flops: float | None
     weight_bytes: int
     why_no_flops: str
+    format: str
     runtime: str
 
 
@@ -99,12 +99,12 @@ def takes(model: Artifact | str | Path) -> bool:
     path = model.path if isinstance(model, Artifact) else Path(model)
     if isinstance(model, Artifact) or (path.is_dir() and (path / MANIFEST).exists()):
         found = model if isinstance(model, Artifact) else Artifact.open(path)
-        if found.format != FORMAT:
+        if found.format not in FORMATS:
             return False
         path = found.model_path
-    if path.suffix.lower() != f".{FORMAT}":
+    if path.suffix.lower() not in graph_file.FORMATS:
         return False
-    if language_model.is_one(path):
+    if path.suffix.lower() == ".onnx" and language_model.is_one(path):
         raise UsageError(
             f"bench takes no language model in ONNX form yet: {path}",
             hint="its receipt has the speeds (edgekit inspect), and edgekit run shows them;"
@@ -125,7 +125,8 @@ def latency(
     names: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> LatencyReport:
-    """Time whole runs of ONNX artifacts or files, on a built-in input of the kind they take.
+    """Time whole runs of ONNX and TFLite artifacts or files, on a built-in input of the kind they
+    take.
 
     ``threads`` and ``runtimes`` () take what ``edgekit.load`` would. ``repetitions`` are turns of a
     second each, in which all settings alternate. ``probe_limits`` adds a verdict from this
@@ -134,10 +135,10 @@ def latency(
     Raises UsageError, ArtifactError, SourceError, InferenceError, MissingExtraError.
     """
     _check(models, threads, batches, repetitions)
-    _check_runtimes(runtimes)
     root = machine.root()
     before = telemetry.conditions(root)
     found = _opened(models, names, progress)
+    _check_runtimes(runtimes, {model.format for model in found})
     operators: list[OperatorRow] = []
     with ExitStack() as children, telemetry.Recorder(root) as recorder:
         plans = [
@@ -182,6 +183,10 @@ def latency(
         other_engines=tuple(engines.values()),
     )
     unknown = [f"no verdict on {m.facts.name}: {m.why_no_flops}" for m in found if m.why_no_flops]
+    if profile:
+        told = {row.model for row in operators}
+        silent = [m.facts.name for m in found if m.facts.name not in told]
+        unknown += [f"no profile of {name}: its engine does not tell times" for name in silent]
     report = replace(report, remarks=(*_what_to_mind(report), *unknown))
     return _judged(report, progress) if probe_limits else report
 
@@ -200,14 +205,14 @@ def _check(
             raise UsageError(f"{name} must lie between 1 and {most}")
 
 
-def _check_runtimes(runtimes: Sequence[str]) -> None:
+def _check_runtimes(runtimes: Sequence[str], formats: Collection[str]) -> None:
     """Raises UsageError for one that reads another format, MissingExtraError."""
-    known = (RUNTIME_OF_FORMAT[FORMAT], *OTHER_RUNTIMES[FORMAT])
+    known = sorted({r for f in formats for r in (RUNTIME_OF_FORMAT[f], *OTHER_RUNTIMES.get(f, ()))})
     for name in runtimes:
         if name not in known:
             raise UsageError(
                 f"no runtime for these models is called '{name}'",
-                hint=did_you_mean(name, list(known)),
+                hint=did_you_mean(name, known),
             )
         RUNTIMES.load(name)
 
@@ -225,34 +230,28 @@ def _opened(
             artifact.verify_sizes()
         path = artifact.model_path if artifact else Path(str(given))
         shown = artifact.path if artifact else path
-        header = onnx.read(path)
+        file = graph_file.read(path)
         called = names[number] if names else shown.resolve().name
         name = unique(called, [model.facts.name for model in found])
-        weights = sum(tensor.size_bytes for tensor in header.initializers)
         flops: float | None = None
         why = ""
-        kind = artifact.manifest.recipe.type if artifact else ""
         try:
-            cost = onnx_cost.cost(header)
-            flops, weights = cost.cost.flops, sum(cost.weight_bytes.values())
-            kind = kind or ("int8" if cost.is_int8 else "F32")
+            flops = file.cost().flops
         except EdgekitError as error:
             why = error.message  # nobody can say how near the limits it comes; the times stand
         facts = ModelFacts(
             name=name,
             sha256=hashed(path, name, progress),
-            size_bytes=_size(path, header),
-            type=kind or "ONNX",
-            architecture=header.producer or "ONNX",
-            parameters=header.parameters,
+            size_bytes=file.size_bytes,
+            type=artifact.manifest.recipe.type if artifact else file.stands,
+            architecture=file.producer,
+            parameters=file.parameters,
         )
-        runtime = (runtime_of(artifact) if artifact else None) or RUNTIME_OF_FORMAT[FORMAT]
-        found.append(_Model(path.absolute(), facts, flops, weights, why, runtime))
+        runtime = (runtime_of(artifact) if artifact else None) or RUNTIME_OF_FORMAT[file.format]
+        found.append(
+            _Model(path.absolute(), facts, flops, file.weight_bytes, why, file.format, runtime)
+        )
     return found
-
-
-def _size(path: Path, header: onnx.OnnxHeader) -> int:
-    return sum((path.parent / name).stat().st_size for name in (path.name, *header.beside))
 
 
 def _sides(

@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from edgekit import language_model, machine, preprocess, sample_inputs
+from edgekit import graph_file, language_model, machine, preprocess, sample_inputs
 from edgekit.errors import InferenceError, ParityError
 from edgekit.exporter import Claim, Progress
 from edgekit.formats import onnx
+from edgekit.graph_file import GraphFile
 from edgekit.intervals import Interval
 from edgekit.preprocess import Preprocessing
 from edgekit.receipt import PROVEN, Agreement, Latency, Receipt, Reference, Size, bounded
@@ -40,7 +41,8 @@ _FEW = 0.9  # of the classes that stay the same: below, nobody should deploy it 
 
 
 def prove(claim: Claim, progress: Progress) -> Receipt:
-    """Measure everything about an ONNX export; a language model's is measured as a GGUF's is.
+    """Measure everything about an export to ONNX or TFLite; a language model's is measured as a
+    GGUF's is.
 
     Raises ParityError where the file does not do what its source does, UsageError for held-out data
     that does not suit it, InferenceError or MissingExtraError when the measuring itself fails.
@@ -50,7 +52,9 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
 
         return proof.prove(claim, progress)
     steps = preprocess.beside(claim.product)
-    runtime = RUNTIMES.load(claim.runtime or RUNTIME_OF_FORMAT["onnx"])()
+    runtime = RUNTIMES.load(
+        claim.runtime or RUNTIME_OF_FORMAT[graph_file.format_of(claim.product)]
+    )()
     progress("first load", 0, 2)
     try:
         product = runtime.load(claim.product, LoadParams())
@@ -64,13 +68,13 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         pairs = _pairs(claim, steps, product, float_one)
         proved = [_compare(pair, claim, progress) for pair in pairs]
         for pair, (_, agreement) in zip(pairs, proved, strict=True):
-            _check_sound(pair.header, agreement)
+            _check_sound(pair.header.least_bits, agreement)
         races = [
             _race(pair.product, pair.reference, found.feeds[0], progress)
             for pair, (found, _) in zip(pairs, proved, strict=True)
         ]
         layers = None
-        if claim.layers:
+        if claim.layers and pairs[0].header.format == "onnx":
             # Of two encoders the one that loses more.
             loser = min(range(len(pairs)), key=lambda i: proved[i][1].cosine.value)
             some = proved[loser][0].feeds[:_LAYER_SAMPLES]
@@ -82,7 +86,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
             feeds = [found.feeds for found, _ in proved]
             ranking = tensor_agreement.ranking(product, float_one, feeds, steps)
     agreements = [agreement for _, agreement in proved]
-    own_bytes = sum(size_bytes(pair.path, pair.header) for pair in pairs)
+    own_bytes = sum(pair.header.size_bytes for pair in pairs)
     parameters = sum(pair.reference_header.parameters for pair in pairs)
     two = len(pairs) > 1
     return Receipt(
@@ -90,7 +94,7 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         reference=Reference(
             type="F32",
             origin="the source" if claim.reference == claim.source.path else "made of the source",
-            size_bytes=sum(size_bytes(p.reference_path, p.reference_header) for p in pairs),
+            size_bytes=sum(pair.reference_header.size_bytes for pair in pairs),
             requantized_from=claim.source.quantized,
         ),
         agreement=agreements[0],
@@ -116,12 +120,12 @@ class _Pair:
     reference_path: Path
 
     @cached_property
-    def header(self) -> onnx.OnnxHeader:
-        return onnx.read(self.path)
+    def header(self) -> GraphFile:
+        return graph_file.read(self.path)
 
     @cached_property
-    def reference_header(self) -> onnx.OnnxHeader:
-        return onnx.read(self.reference_path)
+    def reference_header(self) -> GraphFile:
+        return graph_file.read(self.reference_path)
 
 
 def _pairs(claim: Claim, steps: Preprocessing, product: Any, float_one: Any) -> list[_Pair]:
@@ -165,9 +169,8 @@ def _same_form(product: TensorSession, reference: TensorSession) -> None:
             raise ParityError(f"the exported file has the {what} {mine}, its source has {theirs}")
 
 
-def _check_sound(header: onnx.OnnxHeader, agreement: Agreement) -> None:
+def _check_sound(bits: int, agreement: Agreement) -> None:
     """Raises ParityError for answers further off than so few bits explain."""
-    bits = least_bits(header)
     least = next(cosine for bound, cosine in _SOUND_COSINE if bits >= bound)
     if not agreement.cosine.value >= least:
         raise ParityError(

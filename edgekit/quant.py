@@ -91,6 +91,15 @@ ONNX_TYPES = (
 )
 # Those that a language model is exported to; its activations stay float32 between the products.
 ONNX_LANGUAGE_TYPES = ("F32", "F16", "weight_only_wi8b32", "weight_only_wi4b32")
+# The same of a TFLite file: its engine has no blocks of 8 bits.
+TFLITE_TYPES = (
+    "F32",
+    "F16",
+    "dynamic_wi8_afp32",
+    "static_wi8_ai8",
+    "weight_only_wi8_afp32",
+    "weight_only_wi4b32",
+)
 # These need inputs to run the model on while it is quantized; others take them, and do better.
 NEEDS_SAMPLES = ("static_wi8_ai8",)
 TAKES_SAMPLES = (*NEEDS_SAMPLES, "dynamic_wi8_afp32")
@@ -122,25 +131,35 @@ def wants_imatrix(type_name: str) -> bool:
 
 def onnx_type(name: str) -> str:
     """The canonical name of a precision in ONNX. Raises RecipeError with the closest known name."""
-    known = {each.lower(): each for each in ONNX_TYPES}
+    return _graph_type("ONNX", ONNX_TYPES, name)
+
+
+def tflite_type(name: str) -> str:
+    """The same in TFLite."""
+    return _graph_type("TFLite", TFLITE_TYPES, name)
+
+
+def _graph_type(format: str, types: tuple[str, ...], name: str) -> str:
+    known = {each.lower(): each for each in types}
     if name.lower() not in known:
         raise RecipeError(
-            f"unknown ONNX type '{name}'", hint=did_you_mean(name.lower(), list(ONNX_TYPES))
+            f"unknown {format} type '{name}'", hint=did_you_mean(name.lower(), list(types))
         )
     return known[name.lower()]
 
 
-def onnx_preset(bits: int, *, convolutional: bool) -> str:
-    """The documented default for ``bits`` per weight. Raises RecipeError for other numbers.
+def graph_preset(format: str, bits: int, *, convolutional: bool) -> str:
+    """The documented default for ``bits`` per weight in a graph of ONNX or TFLite. Raises
+    RecipeError for other numbers.
 
     In 8 bits a network of convolutions is several times slower with dynamic activations than in
-    float, and one of matrix products is slower with static ones (docs/onnx.md).
+    float, and one of matrix products is slower with static ones (docs/onnx.md, docs/tflite.md).
     """
     eight = "static_wi8_ai8" if convolutional else "dynamic_wi8_afp32"
     presets = {32: "F32", 16: "F16", 8: eight, 4: "weight_only_wi4b32"}
     if bits not in presets:
         choices = ", ".join(str(each) for each in sorted(presets))
-        raise RecipeError(f"no ONNX default for {bits} bits", hint=f"choose one of {choices}")
+        raise RecipeError(f"no {format} default for {bits} bits", hint=f"choose one of {choices}")
     return presets[bits]
 
 

@@ -19,6 +19,7 @@ from edgekit.registry import did_you_mean
 _ADAPTER_MODES = ("merge", "keep")
 _FUSIONS = re.compile(r"[a-z_]{1,40}(,[a-z_]{1,40}){0,40}", re.ASCII)
 _MAX_PATTERN = 256
+_GRAPH_TYPES = {"onnx": quant.onnx_type, "tflite": quant.tflite_type}  # format -> canonical name
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Recipe:
                 raise RecipeError(
                     f"{self.type} needs an importance matrix", hint="drop --calibration none"
                 )
-        if self.format == "onnx":
-            object.__setattr__(self, "type", quant.onnx_type(self.type))
+        if self.format in _GRAPH_TYPES:
+            object.__setattr__(self, "type", _GRAPH_TYPES[self.format](self.type))
             if self.type in quant.NEEDS_SAMPLES and self.calibration is None:
                 raise RecipeError(
                     f"{self.type} needs inputs to calibrate on", hint="drop --calibration none"

@@ -104,8 +104,10 @@ EXPORTERS = Shelf(
     {
         "gguf": "edgekit.exporters.to_gguf:GgufExporter",
         "onnx": "edgekit.exporters.to_onnx:OnnxExporter",
+        "tflite": "edgekit.exporters.to_tflite:TfliteExporter",
     },
     extra="export",
+    extras={"tflite": "tflite-convert"},
 )
 
 RUNTIMES = Shelf(
@@ -116,21 +118,26 @@ RUNTIMES = Shelf(
         "echo": "edgekit.runtimes.echo:EchoRuntime",
         "ort": "edgekit.runtimes.ort:OrtRuntime",
         "openvino": "edgekit.runtimes.openvino:OpenVinoRuntime",
+        "litert": "edgekit.runtimes.litert:LiteRtRuntime",
     },
     extra="llama",
-    extras={"ort": "ort", "openvino": "openvino"},
+    extras={"ort": "ort", "openvino": "openvino", "litert": "tflite"},
 )
 
 # What measures an export of a format against its float model and fills the receipt.
 PROOFS = Shelf(
     "proof for a format",
     "edgekit.proofs",
-    {"gguf": "edgekit.proof:prove", "onnx": "edgekit.proof_tensors:prove"},
+    {
+        "gguf": "edgekit.proof:prove",
+        "onnx": "edgekit.proof_tensors:prove",
+        "tflite": "edgekit.proof_tensors:prove",
+    },
     extra="export",
 )
 
 # The runtime for an artifact's format, where the user names none.
-RUNTIME_OF_FORMAT = {"gguf": "llamacpp", "onnx": "ort"}
+RUNTIME_OF_FORMAT = {"gguf": "llamacpp", "onnx": "ort", "tflite": "litert"}
 # Others that read the format too, and may be faster on some machines.
 OTHER_RUNTIMES = {"onnx": ("openvino",)}
 

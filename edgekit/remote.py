@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgekit import __version__, _proc, report, typed_json
+from edgekit import __version__, _proc, graph_file, report, typed_json
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.bench import bench
 from edgekit.bench_models import FORMAT, file_of
@@ -331,8 +331,8 @@ def _python(target: Target, facts: BoardFacts) -> str:
 
 def _check_language(model: Path) -> None:
     """Before anything is uploaded."""
-    onnx = model.suffix.lower() == ".onnx"
-    if onnx or (is_artifact(model) and Artifact.open(model).format != FORMAT):
+    graph = model.suffix.lower() in graph_file.FORMATS
+    if graph or (is_artifact(model) and Artifact.open(model).format != FORMAT):
         raise UsageError(f"{model} is no language model", hint="edgekit run and bench take it")
 
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgekit import latency_report, preprocess, remote
+from edgekit import graph_file, latency_report, preprocess, remote
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.formats import onnx
 from edgekit.latency_report import LatencyReport
 from edgekit.target import Target
 
@@ -48,7 +47,7 @@ def latency_on(
         raise UsageError("which model?", hint="edgekit bench ARTIFACT")
     paths = [Path(model) for model in models]
     for path in paths:
-        onnx.read(_file(path))  # a bad one is not worth the way
+        graph_file.read(_file(path))  # a bad one is not worth the way
     facts = target.identify()
     arguments = {
         "models": [_bring(target, path, progress) for path in paths],
@@ -121,7 +120,7 @@ def _bring(target: Target, path: Path, progress: Progress) -> str:
 
 def _beside(path: Path) -> Sequence[str]:
     """Files in the folder of ``path`` that belong to it: weights, steps, a tokenizer."""
-    found = {each.external for each in onnx.read(path).initializers if each.external}
+    found = set(graph_file.read(path).beside)
     if (path.parent / preprocess.FILE).is_file():
         steps = preprocess.beside(path)
         found |= {preprocess.FILE, *((steps.text.tokenizer,) if steps.text else ())}

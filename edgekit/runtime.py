@@ -319,11 +319,13 @@ class Runtime(Protocol):
         ...
 
 
-_FORMAT_OF_SUFFIX = {".onnx": "onnx"}  # of a bare file; any other is taken for a GGUF
+# Of a bare file; any other is taken for a GGUF.
+_FORMAT_OF_SUFFIX = {".onnx": "onnx", ".tflite": "tflite"}
 
 
 def load(model: Artifact | str | Path, *, runtime: str | None = None, **fields: Any) -> Any:
-    """Load an Artifact, a path to one, or a GGUF or ONNX file; keyword arguments as in LoadParams.
+    """Load an Artifact, a path to one, or a GGUF, ONNX or TFLite file; keyword arguments as in
+    LoadParams.
 
     A language model is a Session, any other model a TensorSession.
     ``runtime`` None takes the one that the artifact was tuned for, if it is installed, or the one

@@ -81,9 +81,10 @@ def samples(
         texts = _own(_given(data, str), part) if data else _builtin_texts(part)
         names = [spec.name for spec in inputs]
         # Every second one as it comes in a batch with a longer one: padding is an input, too.
-        padded = min(_PADDED, preprocessing.text.max_length)
+        fixed = text_input.fixed_length(inputs)
+        padded = fixed or min(_PADDED, preprocessing.text.max_length)
         feeds = [
-            tokens.tensors([text], names, length=padded if number % 2 else 1)
+            tokens.tensors([text], names, length=padded if number % 2 or fixed else 1)
             for number, text in enumerate(texts[:count])
         ]
     elif data is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from edgekit.errors import CorruptArtifactError, MissingExtraError, UsageError
 from edgekit.preprocess import TextSteps
+from edgekit.runtime import TensorSpec
 
 
 class Tokens:
@@ -61,3 +62,9 @@ class Tokens:
             for name in names:
                 found[name][i, : len(row.ids)] = parts[name]
         return found
+
+
+def fixed_length(inputs: Sequence[TensorSpec]) -> int | None:
+    """Tokens that a model takes at one time, None where any number will do."""
+    sizes = [spec.shape[1] for spec in inputs if len(spec.shape) == 2]
+    return next((size for size in sizes if isinstance(size, int)), None)

@@ -81,7 +81,7 @@ class OnnxExporter:
             kind = quant.onnx_type(options.type)
         else:
             bits = options.bits or _DEFAULT_BITS
-            kind = quant.onnx_preset(bits, convolutional=_is_convolutional(source))
+            kind = quant.graph_preset("ONNX", bits, convolutional=_is_convolutional(source))
         return Recipe(
             format="onnx",
             type=kind,

@@ -24,6 +24,7 @@ from edgekit.errors import (
     SourceError,
     UnsupportedModelError,
 )
+from edgekit.exporters.silence import silenced
 from edgekit.formats import json_file
 from edgekit.formats.foreign import shown
 from edgekit.preprocess import Preprocessing, of_folder, of_image
@@ -73,7 +74,7 @@ def check(source: ModelSource) -> None:
     """Whether ``build`` knows this kind of model, without loading it. Raises as ``build``."""
     if source.kind == "gguf":
         raise UnsupportedModelError(
-            "a GGUF file holds a language model, and edgekit exports none to ONNX",
+            "a GGUF file holds a language model: edgekit makes no graph of it",
             hint="--format gguf",
         )
     if source.kind == "hf" and source.family not in (*VISION, *TEXT, *BOTH):
@@ -147,7 +148,8 @@ def loaded(source: ModelSource, kind: str) -> Any:
     check(source)
     torch = library()
     try:
-        import transformers
+        with silenced():  # it looks for a dozen other libraries, some of which complain aloud
+            import transformers
     except ImportError:
         raise MissingExtraError("onnx", missing="transformers") from None
     with _quiet(), _failing(f"transformers cannot load {source.spec}"):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgekit import _fs, machine
-from edgekit.formats import onnx
+from edgekit.formats import onnx, tflite
 from edgekit.runtime import TensorSpec
 from edgekit.runtimes import cache_file
 
@@ -29,7 +29,7 @@ _FILE = "graph-threads.json"
 Trial = Callable[[int], float | None]
 
 
-def fastest(header: onnx.OnnxHeader, engine: str, trial: Trial) -> int:
+def fastest(header: onnx.OnnxHeader | tflite.TfliteHeader, engine: str, trial: Trial) -> int:
     """The count for this kind of graph; ``engine`` is its name and version."""
     counts = sorted({1, max(1, cores() // 2), cores()})
     if len(counts) == 1:
@@ -89,14 +89,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _key(header: onnx.OnnxHeader, engine: str) -> str:
+def _key(header: onnx.OnnxHeader | tflite.TfliteHeader, engine: str) -> str:
     """Machine, engine and kind of graph: what a count of threads depends on."""
-    types = {tensor.dtype for tensor in header.initializers if len(tensor.shape) > 1}
+    if isinstance(header, onnx.OnnxHeader):
+        nodes = len(header.nodes)
+        types = {tensor.dtype for tensor in header.initializers if len(tensor.shape) > 1}
+    else:
+        nodes = len(header.main.operators)
+        types = {tensor.dtype for tensor in header.constants if len(tensor.shape) > 1}
     parts = [
         machine.cpu(machine.root()).model or "unknown CPU",
         f"{cores()} cores",
         engine,
-        f"{len(header.nodes)} nodes",
+        f"{nodes} nodes",
         f"{header.parameters} weights",
         " ".join(sorted(types)),
     ]

@@ -118,7 +118,8 @@ class PreparedSession:
         assert steps.text is not None
         if self._tokens is None:
             self._tokens = text_input.Tokens(self._folder, steps.text)
-        return self._tokens.tensors(items, [spec.name for spec in self.inputs])
+        names = [spec.name for spec in self.inputs]
+        return self._tokens.tensors(items, names, length=text_input.fixed_length(self.inputs) or 1)
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The arrays, if they are what the graph takes."""

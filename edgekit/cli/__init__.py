@@ -20,8 +20,8 @@ from edgekit.errors import EdgekitError
 # two, so that the help needs to import no verb).
 VERBS = {
     "export": "Make a verified artifact from MODEL.",
-    "run": "Answer PROMPT with ARTIFACT (an artifact's folder, a GGUF or an ONNX file).",
-    "inspect": "Show what an artifact, a GGUF or an ONNX file holds; no weight is read.",
+    "run": "Answer PROMPT with ARTIFACT (an artifact's folder, a GGUF, an ONNX or a TFLite file).",
+    "inspect": "Show what an artifact, a GGUF, an ONNX or a TFLite file holds; no weight is read.",
     "verify": "Check every byte of ARTIFACT against its manifest.",
     "eval": "Measure how well ARTIFACT predicts a text, alone or against a reference.",
     "bench": "Measure load times, speeds and memory of MODELs, and say what bounds them.",

@@ -112,9 +112,9 @@ def command(
 ) -> None:
     """Measure load times, speeds and memory of MODELs, and say what bounds them.
 
-    MODEL is an artifact's folder, a GGUF or an ONNX file. Lists such as `-t 1,2 -p 32,512` measure
-    every combination. Models without tokens take --threads, --batch, --runtime and --repetitions;
-    their figures are latencies.
+    MODEL is an artifact's folder, a GGUF, an ONNX or a TFLite file. Lists such as `-t 1,2 -p
+    32,512` measure every combination. Models without tokens take --threads, --batch, --runtime and
+    --repetitions; their figures are latencies.
     """
     for out in outs:
         bench_files.check(out)

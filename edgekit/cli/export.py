@@ -68,8 +68,8 @@ def _pairs(
 @click.option(
     "--bits",
     type=int,
-    help="Bits per weight: GGUF 2, 3, 4, 5, 6, 8 or 16 (default 4); ONNX 4, 8, 16 or 32 (default"
-    " 8).",
+    help="Bits per weight: GGUF 2, 3, 4, 5, 6, 8 or 16 (default 4); ONNX and TFLite 4, 8, 16 or 32"
+    " (default 8).",
 )
 @click.option(
     "--type",
@@ -86,13 +86,13 @@ def _pairs(
 @click.option(
     "--calibration",
     metavar="FILE|FOLDER|builtin|none",
-    help="Text for the importance matrix (default: builtin at 6 bits and below); ONNX: text or"
-    " images for the ranges of static activations.",
+    help="Text for the importance matrix (default: builtin at 6 bits and below); ONNX, TFLite:"
+    " text or images for the ranges of static activations.",
 )
 @click.option(
     "--chunks",
     type=click.IntRange(2, 10_000),
-    help="Calibration chunks of 512 tokens (default 32); ONNX: inputs (default 64).",
+    help="Calibration chunks of 512 tokens (default 32); ONNX, TFLite: inputs (default 64).",
 )
 @click.option(
     "--override",
@@ -123,7 +123,7 @@ def _pairs(
     "--eval-data",
     type=click.Path(exists=True, path_type=Path),
     metavar="FILE|FOLDER",
-    help="ONNX: measure the receipt on these texts or images instead of the built-in ones; with"
+    help="ONNX, TFLite: measure it on these texts or images instead of the built-in ones; with"
     " classes (a folder for each, or JSON lines) the accuracy too.",
 )
 @click.option("--explain-loss", is_flag=True, help="ONNX: say what each layer loses.")
@@ -132,7 +132,9 @@ def _pairs(
 @click.option(
     "--min-top1", callback=_share, metavar="SHARE", help="Gate: same likeliest token or class."
 )
-@click.option("--min-cosine", type=float, metavar="COSINE", help="Gate (ONNX): mean cosine.")
+@click.option(
+    "--min-cosine", type=float, metavar="COSINE", help="Gate (ONNX, TFLite): mean cosine."
+)
 @click.option("--max-ppl-ratio", type=float, metavar="RATIO", help="Gate: perplexity ratio.")
 @click.option("--max-size", callback=_bytes, metavar="SIZE", help="Gate: such as 120MB.")
 @click.option(
@@ -237,7 +239,9 @@ def command(
         show.warn(warning)
     if dry_run:
         return _render_plan(found, as_json)
-    out = out or Path("build") / f"{_base_name(model)}-{found.recipe.type.lower()}"
+    # ONNX and TFLite share the names of their types.
+    between = "-tflite-" if format_ == "tflite" else "-"
+    out = out or Path("build") / f"{_base_name(model)}{between}{found.recipe.type.lower()}"
     with show.progress(quiet=as_json) as progress:
         artifact = export(
             source,

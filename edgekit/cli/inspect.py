@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from edgekit import graph_file
 from edgekit.artifact import Artifact, is_artifact
-from edgekit.cli import inspect_onnx, show, show_receipt
+from edgekit.cli import inspect_graph, show, show_receipt
 from edgekit.errors import SourceError
 from edgekit.formats import gguf
 from edgekit.receipt import Receipt
@@ -21,7 +22,7 @@ _LONG = 60  # characters of a metadata value, or entries of a list, before it is
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(path: Path, tensors: bool, as_json: bool) -> None:
-    """Show what an artifact, a GGUF or an ONNX file holds; no weight is read."""
+    """Show what an artifact, a GGUF, an ONNX or a TFLite file holds; no weight is read."""
     manifest = None
     if is_artifact(path) or path.name == "manifest.json":
         artifact = Artifact.open(path)
@@ -29,8 +30,8 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
         manifest, path = artifact.manifest, artifact.model_path
     elif path.is_dir():
         raise SourceError(f"{path} is neither an artifact nor a model file")
-    if path.suffix.lower() == ".onnx":
-        return inspect_onnx.show_file(path, manifest, tensors, as_json)
+    if path.suffix.lower() in graph_file.FORMATS:
+        return inspect_graph.show_file(path, manifest, tensors, as_json)
     header = gguf.read(path)
     if as_json:
         return show.as_json(_body(path, header, manifest, tensors))

@@ -98,7 +98,7 @@ def command(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with ARTIFACT (an artifact's folder, a GGUF or an ONNX file).
+    """Answer PROMPT with ARTIFACT (an artifact's folder, a GGUF, an ONNX or a TFLite file).
 
     For a vision model PROMPT is the file of an image; a classifier answers with classes, an encoder
     with a vector.

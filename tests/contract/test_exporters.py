@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,26 @@ from edgekit.registry import EXPORTERS
 
 CHUNKS = 2  # of the builtin calibration text
 # What else an export to a format is asked for.
-OPTIONS: dict[str, dict[str, Any]] = {"gguf": {"chunks": CHUNKS}, "onnx": {}}
+OPTIONS: dict[str, dict[str, Any]] = {"gguf": {"chunks": CHUNKS}, "onnx": {}, "tflite": {}}
+MODELS = {
+    "gguf": hf_folder.make,
+    "onnx": tiny_torch.vit_folder,
+    "tflite": tiny_torch.vit_folder,
+}
 # Of an ONNX file's operators, of which its plan knows nothing, and of what stays float in the end.
 GRAPH_BYTES = 200_000
 
 
-@pytest.fixture(params=list(EXPORTERS))
+def _param(name: str) -> Any:
+    """A trace to TFLite takes seconds, and 1.2 GB of packages that not everybody has."""
+    if name != "tflite":
+        return name
+    missing = importlib.util.find_spec("litert_torch") is None
+    skip = pytest.mark.skipif(missing, reason="litert-torch is not installed")
+    return pytest.param(name, marks=[pytest.mark.slow, skip])
+
+
+@pytest.fixture(params=[_param(name) for name in EXPORTERS])
 def format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -32,7 +47,7 @@ def format(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(format: str, tmp_path: Path) -> Path:
     """A small model that the format takes, as a Hugging Face folder: a llama, or a ViT."""
-    return {"gguf": hf_folder.make, "onnx": tiny_torch.vit_folder}[format](tmp_path / "model")
+    return MODELS[format](tmp_path / "model")
 
 
 def _export(model: Path, format: str, out: Path, **options: object) -> Artifact:

@@ -19,7 +19,7 @@ from edgekit.runtime import load as load_any
 
 N_CTX = 64
 # Runtimes of tensors -> the format that they read.
-TENSORS = {"ort": "onnx", "openvino": "onnx"}
+TENSORS = {"ort": "onnx", "openvino": "onnx", "litert": "tflite"}
 # Runtimes of language models -> the format that they read.
 LANGUAGE = {name: "gguf" for name in RUNTIMES if name not in TENSORS} | {"ort": "onnx"}
 
@@ -206,6 +206,10 @@ def load(engine: str) -> Load:
 def artifacts(engine: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A classifier of images, an encoder of texts, and a bare module, in float."""
     folder = tmp_path_factory.mktemp("tensors")
+    if engine == "litert":  # the exporter's packages are too large for every run of tests
+        import tiny_tflite
+
+        return tiny_tflite.artifacts(folder)
     sources = {
         "image": tiny_torch.vit_folder(folder / "vit"),
         "text": tiny_torch.bert_folder(folder / "bert"),

@@ -27,6 +27,7 @@ _FLOORS = """
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile
 4  tasks needle sensitivity sensitivity_subject sensitivity_report sensitivity_plot advice
 2  tensor_figures labelled_inputs tensor_types model_shape vision_cost onnx_shapes onnx_cost
+2  tflite_cost graph_file
 4  predictor plan_memory plan_validate remote remote_tensors far_side wheelhouse device_setup
 2  network_folder
 4  peak_loops proof_files proof_tensors agreement latency latency_files
@@ -49,6 +50,7 @@ DOORS = {
     "edgekit.sample_inputs": {"numpy"},
 }
 LAZY = ("numpy", "torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "transformers")
+LAZY += ("ai_edge_litert", "litert_torch")
 # What the files of training/ may import at load time: they are loaded by name, and no one else's.
 TRAINS = {"torch", "accelerate", "safetensors", "numpy", "tokenizers", "transformers"}
 RUNS_CODE = (

@@ -20,6 +20,7 @@ from edgekit.telemetry import Conditions
 def _row(model: str, *turns: tuple[float, ...], **changed: Any) -> LatencyRow:
     values: dict[str, Any] = {
         "model": model,
+        "runtime": "ort",
         "n_threads": 2,
         "batch": 1,
         "turns_ms": turns,

@@ -1,0 +1,136 @@
+"""A source on its way into a graph: built once, its weights counted, its samples and companions.
+
+Knows torch modules' sources and Preprocessing; never a graph's format.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgekit import sample_inputs
+from edgekit.errors import RecipeError
+from edgekit.exporter import ExportOptions, Progress, TensorPlan
+from edgekit.exporters import torch_model
+from edgekit.formats import onnx, safetensors
+from edgekit.preprocess import FILE as PREPROCESS_FILE
+from edgekit.preprocess import Preprocessing
+from edgekit.recipe import Calibration
+from edgekit.runtime import TensorSpec
+from edgekit.source import ModelSource, TorchModule
+
+TOKENIZER_FILE = "tokenizer.json"
+_SAMPLES = 64  # inputs that a model is calibrated on
+
+
+class GraphSource:
+    """What one export asks of its source, however often: the module, its trace, its samples."""
+
+    def __init__(self) -> None:
+        self._data: Path | None = None
+        self._traced: torch_model.TracedModel | None = None
+        self._own: TorchModule | None = None
+
+    def with_module(self, source: ModelSource) -> ModelSource:
+        """A user's function is called once: another call might give other weights."""
+        if source.kind not in ("python", "run"):
+            return source
+        self._own = self._own or torch_model.own_module(source)
+        return replace(source, module=self._own)
+
+    def traced(self, source: ModelSource, progress: Progress) -> torch_model.TracedModel:
+        """The module with all its weights. Raises as ``torch_model.build``."""
+        if self._traced is None:
+            progress("load the model", 0, 1)
+            self._traced = torch_model.build(self.with_module(source))
+            progress("load the model", 1, 1)
+        return self._traced
+
+    def calibration(
+        self, kind: str, options: ExportOptions, takes: Sequence[str]
+    ) -> Calibration | None:
+        """What a model is run on for the type ``kind``; ``takes`` are the types that look at
+        inputs. Raises RecipeError, UsageError.
+        """
+        choice = options.calibration
+        if kind not in takes:
+            if choice not in (None, "none") or options.chunks is not None:
+                raise RecipeError(f"{kind} looks at no inputs: a calibration has no use")
+            return None
+        if choice == "none":
+            return None
+        self._data = None if choice in (None, "builtin") else Path(str(choice))
+        name, digest = sample_inputs.identity(self._data)
+        return Calibration(name, digest, options.chunks or _SAMPLES, chunk_tokens=0)
+
+    def samples(
+        self,
+        source: ModelSource,
+        recipe_calibration: Calibration | None,
+        preprocessing: Preprocessing,
+        specs: Sequence[TensorSpec],
+    ) -> list[dict[str, Any]]:
+        """The inputs that the calibration stands for; none where there is none."""
+        if recipe_calibration is None:
+            return []
+        return sample_inputs.samples(
+            preprocessing,
+            specs,
+            folder=source.path if source.kind == "hf" else None,
+            data=self._data,
+            count=recipe_calibration.chunks,
+            part="calibration",
+        ).feeds
+
+    def weights(self, source: ModelSource) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and type of every weight, from headers alone where there are any."""
+        source = self.with_module(source)
+        if source.kind == "onnx":
+            for tensor in onnx.read(source.path).initializers:
+                yield tensor.name, tensor.shape, tensor.dtype
+        elif source.kind == "hf":
+            for file in source.files:
+                if file.endswith(".safetensors"):
+                    for each in safetensors.read(source.file_path(file)).tensors.values():
+                        yield each.name, each.shape, each.dtype
+        else:
+            for name, array in torch_model.own_module(source).module.state_dict().items():
+                yield name, tuple(array.shape), str(array.dtype).removeprefix("torch.")
+
+
+def planned(
+    name: str,
+    shape: tuple[int, ...],
+    source_type: str,
+    kind: str,
+    weight_bytes: Mapping[str, float],
+) -> TensorPlan:
+    """What becomes of a weight in the type ``kind``: matrices and kernels are quantized, vectors
+    are not. ``weight_bytes`` are the bytes of a value by type, scales included.
+    """
+    wanted = kind if len(shape) > 1 else "F32"
+    return TensorPlan(
+        name=name,
+        shape=shape,
+        source_type=source_type,
+        type=wanted,
+        wanted=wanted,
+        size_bytes=round(math.prod(shape) * weight_bytes[wanted]),
+    )
+
+
+def companions(
+    source: ModelSource, preprocessing: Preprocessing, folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Write what the runtime needs beside the graph, and name it: (role, file name)."""
+    if preprocessing.task == "tensors":
+        return
+    (folder / PREPROCESS_FILE).write_bytes(preprocessing.to_bytes())
+    yield "preprocess", PREPROCESS_FILE
+    if preprocessing.text:
+        shutil.copyfile(source.file_path(TOKENIZER_FILE), folder / TOKENIZER_FILE)
+        yield "tokenizer", TOKENIZER_FILE

@@ -1,0 +1,179 @@
+"""The TFLite exporter: a Hugging Face folder or a torch module in; a quantized TFLite file with its
+preprocessing out.
+
+Decides the order of the work and its scratch files; tracing and quantization are known by its
+neighbours on this shelf. Never imports a runtime of edgekit.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgekit import quant
+from edgekit.errors import RecipeError, UnsupportedModelError
+from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress
+from edgekit.exporters import tflite_quantizer, torch_model, torch_to_tflite
+from edgekit.exporters.graph_source import GraphSource, companions, planned
+from edgekit.formats import tflite
+from edgekit.recipe import Recipe
+from edgekit.runtime import TensorSpec
+from edgekit.source import ModelSource
+
+MODEL_FILE = "model.tflite"
+_FLOAT_FILE = "float.tflite"
+_DEFAULT_BITS = 8
+_FLOAT_BYTES = 4
+_PACKAGES = (
+    *("torch", "transformers", "litert-torch", "litert-converter", "ai-edge-quantizer"),
+    *("ai-edge-litert", "numpy"),
+)
+# Bytes of a weight of a matrix or a kernel, its scales included.
+_WEIGHT_BYTES = {
+    "F32": 4.0,
+    "F16": 2.0,
+    "dynamic_wi8_afp32": 1.0,
+    "static_wi8_ai8": 1.0,
+    "weight_only_wi8_afp32": 1.0,
+    "weight_only_wi4b32": 0.5625,
+}
+
+
+class TfliteExporter:
+    """One export: ``recipe`` first, then ``plan``, then ``run`` (edgekit.exporter.Exporter)."""
+
+    def __init__(self) -> None:
+        self._origin = GraphSource()
+
+    def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
+        """``--bits`` or ``--type`` to a precision; calibration data to its hash."""
+        if options.bits is not None and options.type is not None:
+            raise RecipeError(
+                "give --bits or --type, not both", hint="--bits stands for one default type"
+            )
+        if options.adapter is not None:
+            raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
+        if options.fusion != "auto":
+            raise RecipeError("--no-fusion is for ONNX: LiteRT fuses when it loads a file")
+        if source.kind == "onnx":
+            raise UnsupportedModelError(
+                "an ONNX file is exported to ONNX alone",
+                hint="--format onnx, or give the torch model that it was made of",
+            )
+        torch_model.check(source)
+        if source.family in torch_model.BOTH:
+            raise UnsupportedModelError(
+                "a model of two encoders is exported to ONNX alone", hint="--format onnx"
+            )
+        source = self._origin.with_module(source)
+        if options.type is not None:
+            kind = quant.tflite_type(options.type)
+        else:
+            bits = options.bits or _DEFAULT_BITS
+            convolutional = torch_model.is_convolutional(source)
+            kind = quant.graph_preset("TFLite", bits, convolutional=convolutional)
+        return Recipe(
+            format="tflite",
+            type=kind,
+            calibration=self._origin.calibration(kind, options, quant.NEEDS_SAMPLES),
+            overrides=options.overrides,
+            fusion=options.fusion,
+        )
+
+    def plan(self, source: ModelSource, recipe: Recipe) -> ExportPlan:
+        """Sizes from headers and shapes; matrices are counted as quantized, whatever stays float
+        in the end.
+        """
+        tensors = tuple(
+            planned(name, shape, dtype, recipe.type, _WEIGHT_BYTES)
+            for name, shape, dtype in self._origin.weights(source)
+        )
+        size_bytes = sum(tensor.size_bytes for tensor in tensors)
+        elements = sum(math.prod(tensor.shape) for tensor in tensors)
+        return ExportPlan(
+            recipe=recipe,
+            size_bytes=size_bytes,
+            scratch_bytes=2 * _FLOAT_BYTES * elements,
+            bits_per_weight=size_bytes * 8 / max(1, elements),
+            tensors=tensors,
+            reference_bytes=_FLOAT_BYTES * elements,
+        )
+
+    def run(
+        self,
+        source: ModelSource,
+        hashes: dict[str, str],
+        plan: ExportPlan,
+        folder: Path,
+        progress: Progress,
+    ) -> Product:
+        """Trace and quantize into ``folder``."""
+        recipe, model = plan.recipe, folder / MODEL_FILE
+        with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name:
+            plain = Path(name) / _FLOAT_FILE
+            traced, off = self._plain(source, plain, progress)
+            details = self._quantize(plain, model, source, recipe, traced, progress)
+        files = [("model", MODEL_FILE), *companions(source, traced.preprocessing, folder)]
+        header = tflite.read(model)
+        details |= {
+            "task": traced.preprocessing.task,
+            "inputs": _ends(header, "inputs"),
+            "outputs": _ends(header, "outputs"),
+            "parameters": header.parameters,
+            "traced_error": off,
+        }
+        return Product(tuple(files), details, _PACKAGES)
+
+    def reference(
+        self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
+    ) -> Path:
+        """The graph as it was traced: float32, not quantized."""
+        self._plain(source, path, progress)
+        return path
+
+    def _plain(
+        self, source: ModelSource, path: Path, progress: Progress
+    ) -> tuple[torch_model.TracedModel, float]:
+        """Write the float graph; the model it is of, and how far it is off from torch."""
+        traced = torch_to_tflite.fixed(self._origin.traced(source, progress))
+        progress("trace", 0, 2)
+        torch_to_tflite.write(traced, path)
+        progress("trace", 1, 2)
+        off = torch_to_tflite.check(traced, path)
+        progress("trace", 2, 2)
+        return traced, off
+
+    def _quantize(
+        self,
+        plain: Path,
+        out: Path,
+        source: ModelSource,
+        recipe: Recipe,
+        traced: torch_model.TracedModel,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        if recipe.type == "F32":
+            shutil.copyfile(plain, out)
+            return {}
+        header = tflite.read(plain)
+        tensors = header.main.tensors
+        specs = [
+            TensorSpec(name, tensors[number].dtype, tensors[number].shape)
+            for name, number in header.inputs.items()
+        ]
+        feeds = self._origin.samples(source, recipe.calibration, traced.preprocessing, specs)
+        return tflite_quantizer.quantize(
+            plain, out, recipe.type, samples=feeds, overrides=recipe.overrides, progress=progress
+        )
+
+
+def _ends(header: tflite.TfliteHeader, which: str) -> list[dict[str, Any]]:
+    ends: dict[str, int] = getattr(header, which)
+    tensors = header.main.tensors
+    return [
+        {"name": name, "dtype": tensors[number].dtype, "shape": list(tensors[number].shape)}
+        for name, number in ends.items()
+    ]

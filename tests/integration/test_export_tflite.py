@@ -1,0 +1,148 @@
+"""Vision models, encoders and torch modules become TFLite artifacts that do what they did."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_torch
+import torch
+from PIL import Image
+
+import edgekit
+from edgekit.errors import GateError, RecipeError, UnsupportedModelError
+from edgekit.exporter import export
+from edgekit.receipt import Gates
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("litert_torch") is None, reason="litert-torch is not installed"
+    ),
+]
+EXAMPLE = torch.zeros(1, 3, tiny_torch.SIDE, tiny_torch.SIDE)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny_torch.vit_folder(tmp_path_factory.mktemp("vit") / "model"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tiny_torch.bert_folder(tmp_path_factory.mktemp("bert") / "model"))
+
+
+def test_a_float_export_computes_what_transformers_computes(vit: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    artifact = export(vit, "tflite", bits=32, out=tmp_path / "out")
+    assert artifact.receipt["status"] == "proven"
+    pixels = np.random.default_rng(0).standard_normal((2, *EXAMPLE.shape[1:])).astype(np.float32)
+    with torch.no_grad():
+        model = AutoModelForImageClassification.from_pretrained(vit).eval()
+        expected = model(torch.from_numpy(pixels)).logits.numpy()
+    with edgekit.load(artifact) as session:
+        found = session.run({"pixel_values": pixels})["logits"]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoder_pads_texts_to_its_length(bert: Path, tmp_path: Path) -> None:
+    artifact = export(bert, "tflite", bits=32, out=tmp_path / "out", receipt=False)
+    onnx = export(bert, "onnx", bits=32, out=tmp_path / "onnx", receipt=False)
+    texts = ["a cat sits on the mat", "a much longer text, with many words"]
+    with edgekit.load(artifact) as ours, edgekit.load(onnx) as theirs:
+        assert np.allclose(ours.embed(texts), theirs.embed(texts), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [
+        ("F16", 0.9999),
+        ("dynamic_wi8_afp32", 0.99),
+        ("weight_only_wi8_afp32", 0.99),
+        ("weight_only_wi4b32", 0.8),
+    ],
+)
+def test_every_type_is_smaller_and_proven(
+    kind: str, least: float, vit: Path, tmp_path: Path
+) -> None:
+    artifact = export(vit, "tflite", type=kind, out=tmp_path / "out")
+    assert artifact.receipt["status"] == "proven"
+    assert artifact.receipt["agreement"]["cosine"]["value"] > least
+    assert artifact.model_path.stat().st_size < 300_000  # 401,412 in float
+
+
+def test_static_ranges_are_measured_and_sensitive_layers_kept(tmp_path: Path) -> None:
+    module = tiny_torch.cnn_module()
+    with torch.no_grad():  # one channel that needs 200 times the range of its neighbours
+        module[3].weight[0] *= 200
+        module[6].weight[:, 0] /= 200
+    artifact = export(
+        module, "tflite", bits=8, chunks=16, example_inputs=EXAMPLE, out=tmp_path / "out"
+    )
+    details = artifact.manifest.details
+    assert artifact.manifest.recipe.type == "static_wi8_ai8"
+    assert details["calibration_loss"] <= details["calibration_loss_all_int8"]
+    assert details["calibrator"] in ("MinMax", "Percentile", "MSE")
+    whole = export(
+        module,
+        "tflite",
+        type="static_wi8_ai8",
+        overrides=((".*", "F32"),),
+        chunks=16,
+        example_inputs=EXAMPLE,
+        out=tmp_path / "whole",
+    )
+    assert whole.receipt["agreement"]["cosine"]["value"] == pytest.approx(1)
+
+
+def test_what_cannot_be_says_what_can(vit: Path, tmp_path: Path) -> None:
+    onnx = export(vit, "onnx", bits=32, out=tmp_path / "onnx", receipt=False)
+    with pytest.raises(UnsupportedModelError, match="ONNX"):
+        export(onnx.model_path, "tflite", out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="fusion"):
+        export(vit, "tflite", fusion="none", out=tmp_path / "out")
+    with pytest.raises(GateError):
+        export(vit, "tflite", bits=32, out=tmp_path / "out", gates=Gates(max_size_bytes=10))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_exports_shows_classifies_and_verifies(vit: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    out = tmp_path / "out"
+    done = _edgekit(
+        "export", vit, "--format", "tflite", "--type", "F32", "--min-cosine", ".999", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    assert "same class" in done.stdout and "XNNPACK" not in done.stderr
+    shown = _edgekit("inspect", out).stdout
+    assert "FULLY_CONNECTED" in shown and "pixel_values: float32 [1, 3, 32, 32]" in shown
+    ran = _edgekit("run", out, picture, "--top", "2", "--json")
+    assert len(json.loads(ran.stdout)["classes"]) == 2
+    assert _edgekit("verify", "--deep", out).returncode == 0
+
+
+def test_formats_of_one_model_stand_in_one_table(vit: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / format for format in ("onnx", "tflite")]
+    for out in outs:
+        export(vit, out.name, bits=32, out=out, receipt=False)
+    done = _edgekit("bench", *outs, "-r", "2", "-t", "1", "--no-probe", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["runtime"] for row in rows] == ["ort", "litert"]
+    assert all(row["flops"] for row in rows)
+    assert rows[0]["flops"] == pytest.approx(rows[1]["flops"], rel=0.05)
+    assert rows[1]["summary"]["times_faster"][0] > 0
+
+
+def _edgekit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "edgekit", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
