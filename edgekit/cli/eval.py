@@ -88,9 +88,11 @@ def command(
     edgekit eval --sensitivity ./Llama-2-7b ./Llama-3-8B --bits 8,4,3 --plot loss.png
     """
     widths = {name: fields.pop(name) for name in show_sensitivity.NAMES}
+    tensors = {name: fields.pop(name) for name in show_agreement.NAMES}
+    asked = {name: value or None for name, value in tensors.items()}
     if sensitivity_:
         other = {"against": against, "chunks": chunks, "tasks": task_file, "device": device}
-        other |= fields
+        other |= fields | asked
         _refuse("with --sensitivity", other | {"needle": needle_ or None}, _HERE)
         return show_sensitivity.run(
             models,
@@ -107,13 +109,12 @@ def command(
             f"this takes one model, not {len(models)}",
             hint="edgekit eval ARTIFACT --against REF compares two; so does --sensitivity",
         )
-    tensors = {name: fields.pop(name) for name in show_agreement.NAMES}
     if agreement.is_of_tensors(models[0]):
         other = fields | {"text": text, "ctx": n_ctx, "chunks": chunks, "tasks": task_file}
         other |= {"plot": plot_file, "device": device, "needle": needle_ or None}
         _refuse("for a model of tensors", other)
         return show_agreement.run(models[0], against, threads=threads, as_json=as_json, **tensors)
-    _refuse("for a language model", {n: v or None for n, v in tensors.items()})
+    _refuse("for a language model", asked)
     shared: dict[str, Any] = {"against": against, "threads": threads, "as_json": as_json}
     tasks = {name: fields.pop(name) for name in show_tasks.NAMES}
     needle = {name: fields.pop(name) for name in show_needle.NAMES}
@@ -165,4 +166,5 @@ def _refuse(when: str, options: dict[str, Any], hints: Mapping[str, str] | None 
     """An option that would be ignored is an error: somebody expects something of it."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"--{name} means nothing {when}", hint=(hints or {}).get(name))
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} means nothing {when}", hint=(hints or {}).get(name))

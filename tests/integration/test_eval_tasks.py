@@ -36,7 +36,7 @@ FACTS = [
 ]
 CLOZES = [
     ("The Eiffel Tower stands in the city of", "Paris"),
-    ("January, February, March, April, May, June,", "July"),
+    ("Monday, Tuesday, Wednesday, Thursday,", "Friday"),
     ("The opposite of hot is", "cold"),
     ("The opposite of hot is", "wardrobe"),
 ]
