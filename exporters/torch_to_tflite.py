@@ -37,7 +37,7 @@ def fixed(traced: TracedModel) -> TracedModel:
         examples.append(one.contiguous())
     steps = traced.preprocessing
     if text:
-        steps = replace(steps, text=replace(text, max_length=length))
+        steps = replace(steps, text=replace(text, max_length=length, padded=True))
     return replace(traced, example_inputs=tuple(examples), dynamic={}, preprocessing=steps)
 
 

@@ -136,7 +136,7 @@ def artifacts(folder: Path) -> dict[str, Path]:
         (1, 3, SIDE, SIDE),
     )
     text = Preprocessing(
-        "text-embedding", text=TextSteps("tokenizer.json", LENGTH, "mean", True, 0)
+        "text-embedding", text=TextSteps("tokenizer.json", LENGTH, "mean", True, 0, True)
     )
     made = {
         "image": artifact(folder / "image", dense("pixel_values", "logits"), image),
