@@ -94,6 +94,12 @@ def _set_optimizer_state(
         {"state": state, "param_groups": groups},
         options=StateDictOptions(full_state_dict=True),
     )
+    # The fused step pairs values by their place in memory: those of a weight that lies channels
+    # last must lie so too.
+    for parameter, kept in optimizer.state.items():
+        for key, value in kept.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _named_parameters(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -157,7 +163,9 @@ def write(path: Path, tensors: Tensors, body: Mapping[str, Any] | None = None) -
         _fs.require_space(path, size_bytes + (1 << 20))
         with _fs.disk_errors(path):
             try:
-                save_file(tensors, partial, {_META: json.dumps(body or {}), "format": "pt"})
+                # One key alone: the library writes several in an order that changes.
+                about = {"format": "pt"} if body is None else {_META: json.dumps(body)}
+                save_file(tensors, partial, about)
             except SafetensorError as error:  # its words for what the system says
                 if f"os error {errno.ENOSPC}" not in str(error):
                     raise
@@ -176,7 +184,8 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
     safetensors.read(path)  # the bounded reader sees it first
     with _damaged(path), safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()[_META])
+        about = file.metadata()
+        return tensors, {} if about.get("format") == "pt" else json.loads(about[_META])
 
 
 @contextmanager

@@ -83,6 +83,19 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path: Path, stop_
     assert same(fit(tmp_path / "cut"), whole)
 
 
+def test_kernels_that_lie_channels_last_go_on_with_their_own_moments(tmp_path: Path) -> None:
+    def convolved() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = [torch.nn.Unflatten(1, (2, 3, 1)), torch.nn.Conv2d(2, 4, 3, padding=1)]
+        more = [torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(12, 1)]
+        return torch.nn.Sequential(*layers, *more).to(memory_format=torch.channels_last)
+
+    whole = fit(tmp_path / "whole", model=convolved())
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", stop_at=13, model=convolved())
+    assert same(fit(tmp_path / "cut", model=convolved()), whole)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     whole = fit(tmp_path)
     assert same(fit(tmp_path, stop_at=24), whole)
