@@ -215,6 +215,10 @@ def export(
             "without a receipt nothing is measured that a gate could check",
             hint="drop --no-receipt, or all gates but --max-size",
         )
+    if explain_loss and format != "onnx":
+        raise UsageError(
+            "what each layer loses is measured in ONNX graphs alone", hint="drop --explain-loss"
+        )
     if example_inputs is not None or not isinstance(model, str | Path | ModelSource):
         model = of_module(model, example_inputs, preprocess)
     source, exporter, plan = _prepare(model, format, revision, chosen)

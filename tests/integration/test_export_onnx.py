@@ -244,6 +244,8 @@ def test_what_cannot_be_exported_says_what_can(tmp_path: Path, program: Path) ->
         export(torch.nn.Linear(2, 2), "onnx", out=tmp_path / "out")
     with pytest.raises(UnsupportedModelError):
         export(f"{program}:make", "gguf", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="ONNX graphs alone"):
+        export(f"{program}:make", "tflite", out=tmp_path / "out", explain_loss=True)
 
 
 def test_weights_that_are_missing_are_not_made_up(vit: Path, tmp_path: Path) -> None:
