@@ -64,7 +64,7 @@ def build(source: ModelSource) -> TracedModel:
     Raises MissingExtraError without torch or transformers, UnsupportedModelError for a family that
     is not known, ExportError when the library or the user's own code fails.
     """
-    torch = library()
+    torch = load_torch()
     if source.kind == "hf":
         return _of_folder(torch, source)
     return _of_module(torch, own_module(source))
@@ -96,7 +96,7 @@ def is_convolutional(source: ModelSource) -> bool:
     return sum("Conv" in kind for kind in kinds) > sum("Linear" in kind for kind in kinds)
 
 
-def library() -> Any:
+def load_torch() -> Any:
     """The package torch. Raises MissingExtraError."""
     try:
         import torch
@@ -146,7 +146,7 @@ def loaded(source: ModelSource, kind: str) -> Any:
     ExportError when the library fails.
     """
     check(source)
-    torch = library()
+    torch = load_torch()
     try:
         with silenced():  # it looks for a dozen other libraries, some of which complain aloud
             import transformers
@@ -239,7 +239,7 @@ def own_module(source: ModelSource) -> TorchModule:
 
 def _of_run(source: ModelSource) -> TorchModule:
     """The network that edgekit's own builder makes of the folder's config, with its weights."""
-    torch = library()
+    torch = load_torch()
     from safetensors.torch import load_file
 
     found = network_folder.read(source.path)

@@ -26,7 +26,7 @@ def build(source: ModelSource) -> tuple[Preprocessing, TracedModel, TracedModel]
 
     Raises as ``torch_model.build``.
     """
-    torch = torch_model.library()
+    torch = torch_model.load_torch()
     if "tokenizer.json" not in source.files:
         raise UnsupportedModelError(
             f"{source.spec} has no tokenizer.json",

