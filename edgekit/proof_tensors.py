@@ -25,7 +25,7 @@ from edgekit.preprocess import Preprocessing
 from edgekit.receipt import PROVEN, Agreement, Latency, Receipt, Reference, Size, bounded
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.runtime import LoadParams, TensorSession
-from edgekit.runtimes import onnx_layers, tensor_agreement
+from edgekit.runtimes import tensor_agreement
 from edgekit.sample_inputs import Samples
 from edgekit.tensor_figures import Accuracy, Ranking
 
@@ -75,6 +75,9 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
         ]
         layers = None
         if claim.layers and pairs[0].header.format == "onnx":
+            # Here, for the proof of a GGUF passes through this file and needs no ONNX Runtime.
+            from edgekit.runtimes import onnx_layers
+
             # Of two encoders the one that loses more.
             loser = min(range(len(pairs)), key=lambda i: proved[i][1].cosine.value)
             some = proved[loser][0].feeds[:_LAYER_SAMPLES]

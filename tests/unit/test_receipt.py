@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,11 @@ def test_the_receipt_is_no_part_of_what_was_exported(tmp_path: Path) -> None:
     (artifact.path / "manifest.json").write_bytes(forged)
     with pytest.raises(ManifestError, match="was changed after"):
         Artifact.open(artifact.path)
+
+
+def test_the_proof_of_a_gguf_needs_no_onnx_runtime() -> None:
+    absent = "import sys; sys.modules.update(onnxruntime=None, onnx=None, torch=None, PIL=None)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{absent}; import edgekit.proof"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
