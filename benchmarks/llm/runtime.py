@@ -1,12 +1,13 @@
 """Decode, prefill and memory of ``edgekit.load().stream()`` against llama-bench.
 
-Three tables: the same flags and threads on both sides; edgekit's automatic settings against the
-best row of a sweep over llama-bench's; peak memory while generating. Every repetition starts fresh
-processes, in turn, and a ratio compares the two of one repetition. edgekit's clock stands outside:
-tokenizing, sampling and text are in its figures, and llama-bench does none of them. Neighbours on
-a shared machine only ever slow a run down, so beside the median of the ratios stand the interval in
-which it lies with 95% certainty, and the ratio of the fastest runs of both sides. Many short turns
-tell more than few long ones: ``--prompt 128 --answer 32 --reps 40``.
+Four tables: the same flags and threads on both sides; the same against llama-bench's calls made in
+edgekit's own process, in turns of less than a second; edgekit's automatic settings against the
+best row of a sweep over llama-bench's; peak memory while generating. But for the second, every
+repetition starts fresh processes, in turn, and a ratio compares the two of one repetition.
+edgekit's clock stands outside: tokenizing, sampling and text are in its figures, and llama-bench
+does none of them. Neighbours on a shared machine only ever slow a run down, so beside the median of
+the ratios stand the interval in which it lies with 95% certainty, and the ratio of the fastest runs
+of both sides. Many short turns tell more than few long ones: ``--prompt 128 --answer 32``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import peers
 from edgekit import _proc
 
 PREFILL, DECODE, BEHIND = "prefill", "decode", "decode behind the prompt"
-_TABLES = ("same", "automatic", "memory")
+_TABLES = ("same", "calls", "automatic", "memory")
 _HEAD = (
     "type",
     "test",
@@ -38,6 +39,7 @@ TARGET_SAME = 0.97
 TARGET_AUTOMATIC = 1.0
 TARGET_RSS_MIB = 60
 _CHILD_TIMEOUT_S = 3600
+_CALLS_A_REP = 5  # a turn of calls takes a second, one of processes ten
 _MIB = 1 << 20
 
 
@@ -199,6 +201,27 @@ def same_settings(
     return found
 
 
+def same_calls(
+    models: dict[str, Path], work: Work, load: dict[str, Any], reps: int
+) -> dict[str, dict[str, Figures]]:
+    """type -> test -> figures; ``peer`` are llama-bench's calls in the same process."""
+    found = {}
+    for kind, model in models.items():
+        measure.say(f"the same calls: {kind}")
+        turns = _proc.call(
+            "stream_child:turns",
+            {"model": str(model), "load": load, "reps": reps}
+            | {"prompt": work.prompt, "answer": work.answer},
+            timeout_s=_CHILD_TIMEOUT_S,
+            what="a session beside its engine",
+        )
+        found[kind] = {
+            test: Figures(seen=sides["stream"], peer=sides["engine"])
+            for test, sides in turns.items()
+        }
+    return found
+
+
 def automatic(
     ours: Edgekit, theirs: LlamaBench, models: dict[str, Path], reps: int
 ) -> tuple[dict[str, dict[str, Figures]], dict[str, dict[str, str]]]:
@@ -277,7 +300,8 @@ def _speed_rows(
             )
             row += [seen, f"{low:.3f}..{high:.3f}"]
             row += [f"{max(figures.seen) / max(figures.peer):.3f}"]
-            row += [measure.ratios(figures.own, figures.peer)]
+            if figures.own:
+                row += [measure.ratios(figures.own, figures.peer)]
             compared = test != BEHIND
             row += [("yes" if seen.median >= target else "no") if compared else "-"]
             yield row
@@ -311,6 +335,16 @@ def main() -> None:
         same = same_settings(ours, theirs, models, reps, threads)
         _same_table(same, work, threads, reps)
         figures["same_settings"] = same
+    if "calls" in tables:
+        load = {"n_threads": threads, "flash_attention": True, "n_ctx": ours.n_ctx}
+        calls = same_calls(models, work, load, reps * _CALLS_A_REP)
+        measure.table(
+            f"The same calls in one process: -t {threads} -fa 1, prompt {work.prompt}, answer"
+            f" {work.answer} (median and range of {reps * _CALLS_A_REP})",
+            [_HEAD[0], _HEAD[1], "bare calls tok/s", *_HEAD[3:6], f"at least {TARGET_SAME}"],
+            list(_speed_rows(calls, TARGET_SAME, None)),
+        )
+        figures["same_calls"] = calls
     if "automatic" in tables:
         auto, best = automatic(ours, theirs, models, reps)
         measure.table(

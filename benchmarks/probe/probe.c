@@ -31,6 +31,7 @@
 #define BYTES ((size_t)1 << 30)
 #define MOST_THREADS 64
 #define STREAMS 6
+#define LINE 64 /* bytes that memory gives at a time */
 #define ROUNDS 100
 #define PIECE ((size_t)8 << 20)
 
@@ -51,15 +52,18 @@ static double now(void) {
 }
 
 static double read_once(const char *data, size_t bytes) {
-    const size_t length = bytes / STREAMS / (2 * WIDTH) * 2;
+    const size_t length = bytes / STREAMS / LINE * (LINE / WIDTH);
     const words *at = (const words *)data;
-    words sums[2 * STREAMS] = {0};
-    for (size_t i = 0; i < length; i += 2)
-        for (int stream = 0; stream < STREAMS; stream++) {
-            sums[2 * stream] += at[stream * length + i];
-            sums[2 * stream + 1] += at[stream * length + i + 1];
-        }
-    for (int sum = 0; sum < 2 * STREAMS; sum++) __asm__ volatile("" ::"m"(sums[sum]));
+    words sums[STREAMS][LINE / WIDTH] = {0};
+    for (size_t i = 0; i < length; i += LINE / WIDTH)
+#pragma GCC unroll 6
+        for (int stream = 0; stream < STREAMS; stream++)
+#pragma GCC unroll 4
+            for (int word = 0; word < LINE / WIDTH; word++)
+                sums[stream][word] += at[stream * length + i + word];
+    for (int stream = 0; stream < STREAMS; stream++)
+        for (int word = 0; word < LINE / WIDTH; word++)
+            __asm__ volatile("" ::"m"(sums[stream][word]));
     return (double)(length * STREAMS * WIDTH);
 }
 
@@ -73,6 +77,7 @@ static double multiply_once(void) {
     for (int chain = 0; chain < CHAINS; chain++) chains[chain] = offset * (float)chain;
     __asm__ volatile("" : "+m"(scale), "+m"(offset));
     for (int i = 0; i < times; i++)
+#pragma GCC unroll 32 /* by itself gcc unrolls up to 16 turns, and keeps the chains in memory */
         for (int chain = 0; chain < CHAINS; chain++)
             chains[chain] = chains[chain] * scale + offset;
     for (int chain = 0; chain < CHAINS; chain++) __asm__ volatile("" ::"m"(chains[chain]));

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest
 from edgekit.errors import LoadError, PromptTooLongError, UsageError
 from edgekit.recipe import Recipe
 from edgekit.runtime import Session
-from edgekit.runtimes import first_load, llama_engine
+from edgekit.runtimes import first_load
 from edgekit.runtimes import threads as thread_counts
 
 STORY = "Once upon a time there was a little"
@@ -402,19 +399,6 @@ def test_an_adapter_that_the_artifact_ships_is_applied_unless_it_is_given_anothe
     assert _story(artifact, (shipped, 0.0)) == _story(smollm2_gguf) != changed
 
 
-def test_ctrl_c_stops_a_long_prompt_at_once_and_the_session_lives_on(smollm2_gguf: Path) -> None:
-    with edgekit.load(smollm2_gguf, n_ctx=4096, n_batch=2048, n_threads=1) as session:
-        whole = session.complete("hello", max_tokens=3).text
-        timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
-        timer.start()
-        started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            session.complete("word " * 4000, max_tokens=3)
-        assert time.monotonic() - started < 5
-        timer.join()
-        assert session.complete("hello", max_tokens=3).text == whole
-
-
 def test_an_older_generation_cannot_go_on_in_a_newer_ones_text(model: Session) -> None:
     old = model.stream(STORY, max_tokens=8)
     next(old)
@@ -436,33 +420,6 @@ def test_bad_messages_are_usage_errors(model: Session) -> None:
     for messages in bad:
         with pytest.raises(UsageError):
             model.chat(messages)
-
-
-def test_a_signal_during_a_call_into_the_engine_is_delivered_after_it() -> None:
-    # Raised inside one of the engine's callbacks it would be printed and lost.
-    seen: list[list[int]] = []
-    with pytest.raises(KeyboardInterrupt), llama_engine._noted_signals() as noted:
-        os.kill(os.getpid(), signal.SIGINT)
-        seen.append(list(noted))
-    assert seen == [[signal.SIGINT]]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_stops_a_load(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekit.llama_library import libllama
-
-    engine = libllama()
-    load_from_file = engine.llama_model_load_from_file
-
-    def load_and_interrupt(path: bytes, params: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        found = load_from_file(path, params)
-        assert not found, "the engine went on loading"
-        return found
-
-    monkeypatch.setattr(engine, "llama_model_load_from_file", load_and_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        edgekit.load(smollm2_gguf, n_ctx=64, n_threads=1)
 
 
 def test_a_prompt_cache_never_replaces_a_strangers_file(smollm2_gguf: Path, tmp_path: Path) -> None:
