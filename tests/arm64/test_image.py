@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import edgekit
+
 IMAGE = "localhost/edgekit:arm64"
 MAX_BYTES = 400_000_000
 
@@ -48,6 +50,16 @@ def test_the_image_answers_and_measures(box: str, smollm2_gguf: Path) -> None:
     words = ("bench", name, "-t", "1", "-p", "4", "-n", "2", "-r", "1")
     report = json.loads(_edgekit(box, *words, "--no-session", "--no-probe", "--json", mount=models))
     assert report["rows"]
+
+
+@pytest.mark.arm64
+def test_the_image_holds_this_code_and_not_that_of_an_earlier_build(box: str) -> None:
+    place = subprocess.run(["buildah", "mount", box], capture_output=True, text=True, check=True)
+    (package,) = Path(place.stdout.strip()).glob("opt/edgekit/lib/python3*/site-packages/edgekit")
+    tree = Path(edgekit.__file__).parent
+    ours = {path.relative_to(tree): path.read_bytes() for path in tree.rglob("*.py")}
+    assert ours
+    assert {path: (package / path).read_bytes() for path in ours} == ours
 
 
 @pytest.mark.arm64
