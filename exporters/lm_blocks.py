@@ -29,17 +29,17 @@ def grid(values: Array, importance: Array, bits: int) -> tuple[Array, Array]:
     if bits == 8:
         middle = np.float32(128)
         high = np.abs(values).max(axis=-1, keepdims=True)
-        return _halved(high / 127), np.full_like(high, middle)
+        return halved(high / 127), np.full_like(high, middle)
     low = np.minimum(values.min(axis=-1, keepdims=True), 0)
     high = np.maximum(values.max(axis=-1, keepdims=True), 0)
     least = np.full(low.shape, np.inf, np.float32)
     scales, zeros = np.ones_like(least), np.zeros_like(least)
     for shrink in _SHRINKS:
-        scale = _halved((high - low) * np.float32(shrink / top))
+        scale = halved((high - low) * np.float32(shrink / top))
         zero = np.clip(np.rint(-low * np.float32(shrink) / scale), 0, top)
         steps = np.clip(np.rint(values / scale), -zero, top - zero)
         fitted = steps * importance
-        scale = _halved(
+        scale = halved(
             (fitted * values).sum(axis=-1, keepdims=True)
             / np.maximum((fitted * steps).sum(axis=-1, keepdims=True), _TINY)
         )
@@ -55,7 +55,7 @@ def grid(values: Array, importance: Array, bits: int) -> tuple[Array, Array]:
     return scales, zeros
 
 
-def _halved(scale: Array) -> Array:
+def halved(scale: Array) -> Array:
     """The nearest float16 above 0, as float32."""
     with np.errstate(over="ignore"):
         half = np.maximum(np.abs(scale), _TINY).astype(np.float16)

@@ -19,7 +19,7 @@ from edgekit.errors import ExportError, RecipeError
 from edgekit.exporter import ExportOptions, Progress
 from edgekit.exporters import imatrix, lm_blocks, lm_calibrated
 from edgekit.exporters.arch.decoder import Decoder
-from edgekit.exporters.lm_graph import Blocks, Matrices, Plain
+from edgekit.exporters.lm_graph import Blocks, Matrices, Plain, Vectors
 from edgekit.exporters.lm_weights import EMBEDDING, HEAD, Weights, names
 from edgekit.recipe import Calibration, Recipe
 
@@ -29,9 +29,12 @@ _BITS = {_FOUR: 4, _EIGHT: 8}
 
 @dataclass(frozen=True)
 class Made:
-    """The matrices by name, and what a manifest says of how they were made."""
+    """The matrices by name, the norms and biases that go with them, and what a manifest says of
+    how they were made.
+    """
 
     matrices: Matrices
+    vectors: Vectors
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,11 +101,13 @@ def quantize(
     counts = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
     if recipe.calibration is None:
         return Made(
-            lambda name: convert(weights.matrix(name), kinds[name], name), {"types": counts}
+            lambda name: convert(weights.matrix(name), kinds[name], name),
+            weights,
+            {"types": counts},
         )
     chunks = _chunks(text, recipe.calibration, folder)
     layers = [name for name in kinds if name not in (EMBEDDING, HEAD)]
-    found, losses = lm_calibrated.quantize(
+    fitted = lm_calibrated.quantize(
         weights,
         [name for name in layers if kinds[name] == _FOUR],
         lambda values, name: convert(values, kinds[name], name),
@@ -112,19 +117,20 @@ def quantize(
     )
 
     def matrix(name: str) -> Plain | Blocks:
-        if name in found:
-            return found[name]
+        if name in fitted.matrices:
+            return fitted.matrices[name]
         return convert(weights.matrix(name), kinds[name], name)
 
-    worst = max(losses, key=lambda loss: loss.share, default=None)
+    worst = max(fitted.losses, key=lambda loss: loss.share, default=None)
     return Made(
         matrix,
+        fitted.vectors,
         {
             "types": counts,
             "fitted": {
                 "text": recipe.calibration.text,
                 "chunks": len(chunks),
-                "matrices": len(losses),
+                "matrices": len(fitted.losses),
                 "worst": worst and {"matrix": worst.name, "lost": float(f"{worst.share:.3g}")},
             },
         },

@@ -114,7 +114,7 @@ class OnnxLanguageExporter:
             weights = Weights(family.decoder(), found)
             files = _companions(found, family, recipe.type, folder)
             made = lm_quantizer.quantize(weights, recipe, self._text, folder, progress)
-            _write(weights, made.matrices, model, plan.size_bytes, progress)
+            _write(weights, made.vectors, made.matrices, model, plan.size_bytes, progress)
         names = [("model", MODEL_FILE)]
         names += [("weights", path.name) for path in sorted(folder.glob(f"{MODEL_FILE}.*"))]
         details = {
@@ -136,7 +136,8 @@ class OnnxLanguageExporter:
             if not language_model.is_one(path):
                 _companions(found, family, "F32", path.parent)
             elements = sum(math.prod(shape(weights.decoder, name)) for name in weights.names())
-            _write(weights, _floats(weights), path, _FLOAT_BYTES * elements, progress)
+            size_bytes = _FLOAT_BYTES * elements
+            _write(weights, weights, _floats(weights), path, size_bytes, progress)
         return path
 
 
@@ -145,7 +146,12 @@ def _floats(weights: Weights) -> lm_graph.Matrices:
 
 
 def _write(
-    weights: Weights, matrices: lm_graph.Matrices, path: Path, size_bytes: int, progress: Progress
+    weights: Weights,
+    vectors: lm_graph.Vectors,
+    matrices: lm_graph.Matrices,
+    path: Path,
+    size_bytes: int,
+    progress: Progress,
 ) -> None:
     names = weights.names()
     done = 0
@@ -157,7 +163,7 @@ def _write(
         return matrices(name)
 
     beside = size_bytes > _BESIDE_BYTES
-    lm_graph.write(weights.decoder, weights, counted, path, beside=beside)
+    lm_graph.write(weights.decoder, vectors, counted, path, beside=beside)
 
 
 # Sources
