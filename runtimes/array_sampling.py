@@ -1,4 +1,5 @@
-"""Chooses the next token from logits with numpy alone: greedy, or sampled within cuts.
+"""Chooses the next token from logits with numpy alone: greedy, or sampled within cuts, free or
+inside a grammar.
 
 Must never know the text or an engine: it sees logits and gives token ids. The cuts come in
 llama.cpp's order: penalty, top-k, top-p, min-p, temperature.
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
 from edgekit.runtimes.token_engine import Logits
+from edgekit.runtimes.token_grammar import TokenGrammar
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,14 +25,15 @@ class ArraySampler:
     """One generation's way of choosing. ``text_of`` writes a token, for the log probabilities."""
 
     def __init__(
-        self, params: GenerateParams, prompt: Sequence[int], text_of: Callable[[int], str]
+        self,
+        params: GenerateParams,
+        prompt: Sequence[int],
+        text_of: Callable[[int], str],
+        grammar: TokenGrammar | None = None,
     ) -> None:
-        """Raises UsageError for a grammar: nobody here can follow one."""
-        if params.grammar is not None or params.json_schema is not None:
-            raise UsageError(
-                "this runtime follows no grammar and no JSON schema", hint="export to GGUF for them"
-            )
+        """``grammar`` is that of ``params``, before its first token."""
         self._params, self._text_of = params, text_of
+        self._grammar = grammar
         penalised = params.repeat_penalty != 1.0 and params.repeat_last_n > 0
         self._newest: deque[int] | None = None
         if penalised:
@@ -39,11 +41,19 @@ class ArraySampler:
         self._random = np.random.default_rng(params.seed)
         self.logprobs: list[TokenLogprob] = []
         self._plain = params.temperature == 0 and not penalised
-        self.free = self._plain and not params.logprobs
+        self.free = self._plain and grammar is None and not params.logprobs
 
-    def next(self, logits: Logits) -> int:
-        """The token that ``logits`` (shape [n_vocab]) lead to."""
-        token = int(logits.argmax()) if self._plain else self._choose(logits)
+    def next(self, logits: Logits) -> int | None:
+        """The token that ``logits`` (shape [n_vocab]) lead to; None where the grammar ends."""
+        token = self._choose(logits)
+        if self._grammar is not None:
+            # First freely, which is cheap; what the grammar forbids is chosen again.
+            if not self._grammar.allows(token):
+                allowed = self._grammar.allowed(len(logits))
+                if not allowed.any():
+                    return None
+                token = self._choose(np.where(allowed, logits, -np.inf))
+            self._grammar.accept(token)
         if self._newest is not None:
             self._newest.append(token)
         if self._params.logprobs:
@@ -51,6 +61,8 @@ class ArraySampler:
         return token
 
     def _choose(self, logits: Logits) -> int:
+        if self._plain:
+            return int(logits.argmax())
         params = self._params
         if self._newest is not None:
             logits = logits.copy()
@@ -60,6 +72,7 @@ class ArraySampler:
         if params.temperature == 0:
             return int(logits.argmax())
         candidates = _best(logits, params.top_k or len(logits))
+        candidates = candidates[~np.isneginf(logits[candidates])]  # what a grammar forbids
         values = logits[candidates].astype(np.float64)
         if params.top_p < 1:
             shares = _softmax(values)

@@ -299,12 +299,11 @@ class Engine:
         row_of_one: Logits = self._view(row, 1)[0]
         return row_of_one
 
-    def logits_block(self, row: int, count: int) -> Logits:
-        """Logits of ``count`` neighbouring outputs of the last decode, from its token ``row`` on.
-
-        Shape [count, n_vocab]; a view, until the next decode.
+    def logits_block(self, count: int) -> Logits:
+        """Logits of the last ``count`` outputs of the last decode, [count, n_vocab]; a view, until
+        the next decode.
         """
-        return self._view(row, count)
+        return self._view(-count, count)
 
     def _view(self, row: int, count: int) -> Logits:
         """The engine's own memory, which mostly lies where it lay at the last token.

@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekit import llama_library
 from edgekit.errors import InferenceError, LoadError
 from edgekit.formats import gguf
 from edgekit.runtime import LoadParams
+from edgekit.runtimes import token_trial
 from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine
 from edgekit.runtimes.race import run
@@ -65,30 +64,14 @@ def tokens(path: str, texts: list[str]) -> dict[str, Any]:
 
 
 def complete(path: str, adapters: list[str], prompt: str, n_tokens: int) -> dict[str, Any]:
-    """A greedy answer of at most ``n_tokens``; "finite" is False at the first logit that is not."""
+    """What ``token_trial.complete`` answers."""
     params = LoadParams(
         n_ctx=_n_ctx(path),
         n_gpu_layers=0,
         adapters=tuple((Path(file), 1.0) for file in adapters),
     )
     engine = Engine(Path(path), gguf.read(Path(path)), params, threads=first_guess())
-    fed = engine.tokenize(prompt, special=False)
-    if engine.adds_bos or not fed:
-        fed = [max(0, engine.bos), *fed]
-    position = 0
-    found: list[int] = []
-    while len(found) < n_tokens:
-        engine.decode(fed, position)
-        logits = engine.logits()
-        if not np.isfinite(logits).all():
-            return {"finite": False, "text": "", "tokens": len(found)}
-        position += len(fed)
-        fed = [int(logits.argmax())]
-        if engine.ends(fed[0]):
-            break
-        found += fed
-    text = b"".join(map(engine.piece, found)).decode("utf-8", "replace")
-    return {"finite": True, "text": text, "tokens": len(found)}
+    return token_trial.complete(engine, prompt, n_tokens)
 
 
 def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: float) -> Any:

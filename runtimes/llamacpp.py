@@ -10,13 +10,13 @@ from pathlib import Path
 
 from edgekit.formats import gguf
 from edgekit.runtime import LoadParams
-from edgekit.runtimes import first_load, threads
+from edgekit.runtimes import first_load, llama_scorer, threads
 from edgekit.runtimes.llama_bencher import LlamaBencher
 from edgekit.runtimes.llama_engine import Engine, check_params
-from edgekit.runtimes.llama_scorer import LlamaScorer
 from edgekit.runtimes.prompt_cache import PromptCache
 from edgekit.runtimes.sampling import Sampler
 from edgekit.runtimes.text_session import TextSession
+from edgekit.runtimes.token_scorer import TokenScorer
 
 
 class LlamaCppRuntime:
@@ -60,9 +60,9 @@ class LlamaCppRuntime:
 
     def scorer(
         self, path: Path, *, n_ctx: int, threads: int | None, adapters: tuple[Path, ...] = ()
-    ) -> LlamaScorer:
+    ) -> TokenScorer:
         """A model that scores text (``edgekit.scorer``): only in a child of ``_proc.call``."""
-        return LlamaScorer(path, n_ctx=n_ctx, threads=threads, adapters=adapters)
+        return llama_scorer.opened(path, n_ctx=n_ctx, threads=threads, adapters=adapters)
 
 
 class LlamaSession(TextSession):

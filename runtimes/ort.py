@@ -17,10 +17,11 @@ from edgekit.formats import onnx
 from edgekit.preprocess import Preprocessing
 from edgekit.runtime import LoadParams, TensorSpec
 from edgekit.runtimes import first_load, graph_threads, ort_lm
-from edgekit.runtimes.ort_scorer import OrtScorer
+from edgekit.runtimes.ort_bencher import OrtBencher
 from edgekit.runtimes.ort_towers import TwoEncoders
 from edgekit.runtimes.tensor_session import PreparedSession, check_params
 from edgekit.runtimes.text_session import TextSession
+from edgekit.runtimes.token_scorer import TokenScorer
 
 # What the engine calls its types -> numpy's words.
 _DTYPES = {
@@ -72,9 +73,31 @@ class OrtRuntime:
         )
         return OrtSession(path, threads, steps)
 
+    def bencher(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_batch: int = 512,
+        threads: int,
+        kv_type: str = "f32",
+        flash_attention: bool = True,
+        n_seqs: int = 1,
+    ) -> OrtBencher:
+        """A language model for a stopwatch: only in a child process of edgekit."""
+        return OrtBencher(
+            path,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            threads=threads,
+            kv_type=kv_type,
+            flash_attention=flash_attention,
+            n_seqs=n_seqs,
+        )
+
     def scorer(
         self, path: Path, *, n_ctx: int, threads: int | None, adapters: tuple[Path, ...] = ()
-    ) -> OrtScorer:
+    ) -> TokenScorer:
         """A language model that scores text (``edgekit.scorer``): only in a child of
         ``_proc.call``. Raises UsageError for other models, and for adapters.
         """
@@ -82,7 +105,7 @@ class OrtRuntime:
             raise UsageError(f"{path} is no language model: it scores no text")
         if adapters:
             raise UsageError("an ONNX language model takes no adapters")
-        return OrtScorer(path, n_ctx=n_ctx, threads=threads)
+        return ort_lm.scorer(path, n_ctx=n_ctx, threads=threads)
 
 
 def attempt(path: str) -> None:

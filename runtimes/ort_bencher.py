@@ -20,9 +20,27 @@ class OrtBencher:
     """A loaded model that is driven as fast as it goes. Close it, or use it in ``with``."""
 
     def __init__(
-        self, path: Path, *, n_ctx: int, n_batch: int = 512, threads: int, spin: bool = True
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        n_batch: int = 512,
+        threads: int,
+        kv_type: str = "f32",
+        flash_attention: bool = True,
+        n_seqs: int = 1,
+        spin: bool = True,
     ) -> None:
-        """Raises UsageError, CorruptArtifactError, LoadError."""
+        """What ``LlamaBencher`` takes, as far as this engine can do it.
+
+        Raises UsageError, CorruptArtifactError, LoadError.
+        """
+        if n_seqs != 1:
+            raise UsageError(
+                "an ONNX language model decodes one sequence at a time", hint="leave out --batch"
+            )
+        if kv_type != "f32" or not flash_attention:
+            raise UsageError("an ONNX language model has one cache (f32) and one way of attention")
         onnx.read(path)
         self._engine = OrtEngine(path, n_ctx=n_ctx, n_batch=n_batch, threads=threads, spin=spin)
         self._random = np.random.default_rng(0)
@@ -36,14 +54,18 @@ class OrtBencher:
         self._depth = n_tokens
         return time.perf_counter() - started
 
+    def stand_at(self, depth: int) -> None:
+        """Have ``depth`` tokens in the cache; what ``decode`` does first, untimed."""
+        if self._depth < depth:
+            self._read(self._tokens(depth))
+            self._depth = depth
+
     def decode(self, n_tokens: int, depth: int = 0) -> list[float]:
         """Seconds of each of ``n_tokens`` steps behind ``depth`` tokens. The steps follow each
         other at once: their sum is the time of the whole loop.
         """
         tokens = self._tokens(depth + n_tokens)[depth:]
-        if self._depth < depth:
-            self._read(self._tokens(depth))
-            self._depth = depth
+        self.stand_at(depth)
         step, clock = self._engine.decode_one, time.perf_counter
         seconds = []
         before = clock()

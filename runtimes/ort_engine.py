@@ -154,9 +154,11 @@ class OrtEngine:
         found: Logits = self._newest.logits[0, row]
         return found
 
-    def logits_block(self) -> Logits:
-        """Logits of all outputs of the last decode, [outputs, n_vocab]; a view."""
-        found: Logits = self._newest.logits[0]
+    def logits_block(self, count: int) -> Logits:
+        """Logits of the last ``count`` outputs of the last decode, [count, n_vocab]; a view, until
+        the next decode of as many tokens.
+        """
+        found: Logits = self._newest.logits[0, -count:]
         return found
 
     def embeddings(self, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -16,10 +16,14 @@ from edgekit.formats import onnx
 from edgekit.language_model import FILE as FACTS
 from edgekit.language_model import TEMPLATE, TOKENIZER, chat_template
 from edgekit.runtime import GenerateParams, LoadParams
-from edgekit.runtimes import first_load, threads
+from edgekit.runtimes import first_load, grammar_text
+from edgekit.runtimes import threads as thread_counts
 from edgekit.runtimes.array_sampling import ArraySampler
 from edgekit.runtimes.ort_engine import OrtEngine
 from edgekit.runtimes.text_session import TextSession
+from edgekit.runtimes.token_grammar import TokenGrammars
+from edgekit.runtimes.token_scorer import TokenScorer
+from edgekit.scorer import BLOCK_TOKENS
 
 _TAKEN = ("n_ctx", "n_batch", "n_threads", "embeddings", "n_gpu_layers", "kv_type")
 _BOUNDS = {"n_ctx": (1, 1 << 24), "n_batch": (1, 1 << 14), "n_threads": (1, 512)}
@@ -31,7 +35,7 @@ def load(path: Path, params: LoadParams) -> TextSession:
     """
     check_params(params)
     pass_first(path)
-    count = params.n_threads or threads.first_guess()[0]
+    count = params.n_threads or thread_counts.first_guess()[0]
     engine = OrtEngine(
         path,
         n_ctx=params.n_ctx,
@@ -43,7 +47,7 @@ def load(path: Path, params: LoadParams) -> TextSession:
         return TextSession(
             engine,
             chat_template=chat_template(path),
-            sampler=partial(_sampler, engine),
+            sampler=partial(_sampler, engine, TokenGrammars(engine)),
             embeddings=params.embeddings,
         )
     except BaseException:  # nobody else can free a model that the caller never got
@@ -51,8 +55,28 @@ def load(path: Path, params: LoadParams) -> TextSession:
         raise
 
 
-def _sampler(engine: OrtEngine, params: GenerateParams, prompt: Sequence[int]) -> ArraySampler:
-    return ArraySampler(params, prompt, engine.token_text)
+def scorer(path: Path, *, n_ctx: int = 512, threads: int | None = None) -> TokenScorer:
+    """The language model at ``path``, to score texts: only in a child process, for it does no
+    first-load check. Raises UsageError, LoadError, and what reading a header raises.
+    """
+    onnx.read(path)
+    # Threads that wait in a spin would keep the cores from a second model beside this one.
+    engine = OrtEngine(
+        path,
+        n_ctx=n_ctx,
+        n_batch=BLOCK_TOKENS,
+        threads=threads or thread_counts.first_guess()[0],
+        spin=False,
+    )
+    return TokenScorer(engine)
+
+
+def _sampler(
+    engine: OrtEngine, grammars: TokenGrammars, params: GenerateParams, prompt: Sequence[int]
+) -> ArraySampler:
+    text = grammar_text.wanted(params)
+    grammar = None if text is None else grammars.parsed(text)
+    return ArraySampler(params, prompt, engine.token_text, grammar)
 
 
 def pass_first(path: Path) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekit import language_model
 from edgekit.formats import onnx
+from edgekit.runtimes import token_trial
 from edgekit.runtimes.hf_tokens import HfTokens
 from edgekit.runtimes.ort_bencher import OrtBencher
 from edgekit.runtimes.ort_engine import OrtEngine
@@ -37,27 +36,11 @@ def tokens(path: str, texts: list[str]) -> dict[str, Any]:
 
 
 def complete(path: str, adapters: list[str], prompt: str, n_tokens: int) -> dict[str, Any]:
-    """What ``llama_trial.complete`` answers."""
+    """What ``token_trial.complete`` answers."""
     onnx.read(Path(path))
     n_ctx = _n_ctx(path)
     engine = OrtEngine(Path(path), n_ctx=n_ctx, n_batch=n_ctx, threads=first_guess()[0])
-    fed = engine.tokenize(prompt, special=False)
-    if engine.adds_bos or not fed:
-        fed = [max(0, engine.bos), *fed]
-    position = 0
-    found: list[int] = []
-    while len(found) < n_tokens:
-        engine.decode(fed, position)
-        logits = engine.logits()
-        if not np.isfinite(logits).all():
-            return {"finite": False, "text": "", "tokens": len(found)}
-        position += len(fed)
-        fed = [int(logits.argmax())]
-        if engine.ends(fed[0]):
-            break
-        found += fed
-    text = b"".join(map(engine.piece, found)).decode("utf-8", "replace")
-    return {"finite": True, "text": text, "tokens": len(found)}
+    return token_trial.complete(engine, prompt, n_tokens)
 
 
 def race(paths: list[str], n_prompt: int, n_gen: int, rounds: int, budget_s: float) -> Any:

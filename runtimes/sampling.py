@@ -15,13 +15,11 @@ import numpy as np
 from edgekit import llama_library
 from edgekit.errors import UsageError
 from edgekit.runtime import GenerateParams, TokenLogprob
+from edgekit.runtimes import grammar_text
 from edgekit.runtimes.array_sampling import report
-from edgekit.runtimes.json_schema import to_gbnf
 from edgekit.runtimes.llama_engine import Engine
 from edgekit.runtimes.token_engine import Logits
 
-MAX_GRAMMAR_CHARACTERS = 1 << 16
-MAX_GRAMMAR_DEPTH = 200
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -41,11 +39,8 @@ class Sampler:
             self._chain = self._make_chain(params, penalised)
             for token in prompt[-params.repeat_last_n :] if penalised else ():
                 self._llama.llama_sampler_accept(self._chain, token)
-        if params.json_schema is not None:
-            self._grammar = self._make_grammar(to_gbnf(params.json_schema))
-        elif params.grammar is not None:
-            _check_grammar(params.grammar)
-            self._grammar = self._make_grammar(params.grammar)
+        if (text := grammar_text.wanted(params)) is not None:
+            self._grammar = self._make_grammar(text)
         self.free = self.plain and self._grammar is None and not self._logprobs
 
     def _make_chain(self, params: GenerateParams, penalised: bool) -> Any:
@@ -81,9 +76,7 @@ class Sampler:
             self._engine.vocabulary, text.encode("utf-8", "replace"), b"root"
         )
         if not grammar:
-            raise UsageError(
-                "the grammar does not parse", hint="it is GBNF, and needs a rule called root"
-            )
+            raise UsageError("the grammar does not parse", hint=grammar_text.HINT)
         return grammar
 
     def next(self, logits: Logits) -> int | None:
@@ -153,18 +146,3 @@ class Sampler:
 
     def __del__(self) -> None:
         self.close()  # a stream that nobody began never gets to its own end
-
-
-def _check_grammar(text: str) -> None:
-    """UsageError for what the engine's parser would die of, or would take for no grammar at all."""
-    if not text.strip() or "\0" in text or len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise UsageError(
-            f"a grammar has 1 to {MAX_GRAMMAR_CHARACTERS} characters, none of them NUL"
-        )
-    depth = deepest = 0
-    # Brackets inside strings count too: then a strange grammar is refused, which does no harm.
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        deepest = max(deepest, depth)
-    if deepest > MAX_GRAMMAR_DEPTH:
-        raise UsageError(f"the grammar nests deeper than {MAX_GRAMMAR_DEPTH} brackets")

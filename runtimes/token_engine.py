@@ -62,6 +62,10 @@ class TokenEngine(Protocol):
         """Logits of one output of the last decode, shape [n_vocab]; a view, until the next one."""
         ...
 
+    def logits_block(self, count: int) -> Logits:
+        """Logits of the last ``count`` outputs of the last decode, [count, n_vocab]; a view."""
+        ...
+
     def embeddings(self, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Hidden states of the last ``rows`` outputs, shape [rows, width]; a copy."""
         ...

@@ -38,7 +38,7 @@ class EdgekitOnnx:
 
     def logits(self, tokens: list[int], first: int) -> Any:
         self._engine.decode(tokens, 0, outputs=len(tokens) - first)
-        return self._engine.logits_block()
+        return self._engine.logits_block(len(tokens) - first)
 
 
 class EdgekitGguf:
@@ -64,7 +64,7 @@ class EdgekitGguf:
     def logits(self, tokens: list[int], first: int) -> Any:
         self._engine.forget(0)
         self._engine.decode(tokens, 0, outputs=len(tokens) - first)
-        return self._engine.logits_block(first, len(tokens) - first)
+        return self._engine.logits_block(len(tokens) - first)
 
 
 class Genai:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,97 @@ def test_of_two_streams_only_the_newer_goes_on(session: Session) -> None:
     with pytest.raises(UsageError, match="another generation"):
         next(older)
     assert "".join(newer) == session.last.text != ""
+
+
+# Grammars: the same words for every engine that follows one
+
+
+@pytest.fixture(params=sorted(set(LANGUAGE) - {"echo"}))
+def following(request: pytest.FixtureRequest, loaded: Open) -> Session:
+    session = loaded(request.param, False)
+    session.reset()
+    return session
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer"},
+        "colour": {"enum": ["red", "green"]},
+    },
+    "required": ["name", "age", "colour"],
+}
+SAMPLED = {"temperature": 1.5, "top_k": 0, "seed": 5}
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED, {"repeat_penalty": 1.3}], ids=str)
+def test_a_json_schema_is_kept(following: Session, how: dict[str, Any]) -> None:
+    done = following.complete("A person: ", json_schema=PERSON, max_tokens=50, **how)
+    # Sampled at such a heat numbers may go on for long, and so may the answer.
+    if done.finish_reason == "stop":
+        person = json.loads(done.text)
+        assert set(person) == {"name", "age", "colour"}
+        assert isinstance(person["age"], int) and person["colour"] in ("red", "green")
+    else:
+        assert done.text.startswith("{") and len(done.tokens) == 50
+
+
+def test_a_schema_that_refers_to_itself_is_kept(following: Session) -> None:
+    schema = {
+        "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}},
+        "$ref": "#/$defs/tree",
+    }
+    for seed in range(4):
+        how = SAMPLED | {"seed": seed}
+        done = following.complete("x", json_schema=schema, max_tokens=40, **how)
+        assert set(done.text) <= set("[], ")
+        if done.finish_reason == "stop":
+            assert isinstance(json.loads(done.text), list)
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("grammar", "allowed"),
+    [
+        ('root ::= "yes" | "no"', r"yes|no"),
+        ('root ::= [0-9]{3} "-" [a-f]+ "."', r"\d{3}-[a-f]+\."),
+        ('root ::= item ("," item)*\nitem ::= "ab" | "a" "é"?', r"(ab|aé?)(,(ab|aé?))*"),
+        ('root ::= "(" root ")" | "x" # nested', r"\(*x\)*"),
+    ],
+    ids=["words", "classes", "list", "nested"],
+)
+def test_a_grammar_is_kept(
+    following: Session, grammar: str, allowed: str, how: dict[str, Any]
+) -> None:
+    done = following.complete("Is the sky blue? ", grammar=grammar, max_tokens=20, **how)
+    if done.finish_reason == "stop":
+        assert re.fullmatch(allowed, done.text)
+        assert done.text.count("(") == done.text.count(")")
+    else:
+        assert len(done.tokens) == 20
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ["root ::= (", "", "root ::= " + "(" * 30_000, 'a ::= "x"', "root ::= root"],
+    ids=lambda text: text[:12],
+)
+def test_a_grammar_that_does_not_parse_is_a_usage_error(following: Session, grammar: str) -> None:
+    with pytest.raises(UsageError, match="grammar") as error:
+        following.complete("x", grammar=grammar)
+    assert "\n" not in error.value.message
+
+
+def test_a_stop_string_holds_within_a_grammar_and_log_probabilities_are_the_models_own(
+    following: Session,
+) -> None:
+    free = following.complete("Count: ", max_tokens=1, logprobs=3)
+    kept = following.complete("Count: ", grammar='root ::= ("7" | ";")+', stop=(";",), max_tokens=4)
+    assert set(kept.text) <= {"7"}
+    told = following.complete("Count: ", grammar='root ::= "7" "7"', logprobs=3, max_tokens=4)
+    assert told.logprobs[0].top == free.logprobs[0].top
+    assert told.logprobs[0].logprob <= free.logprobs[0].logprob
 
 
 # Runtimes of tensors

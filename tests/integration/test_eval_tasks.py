@@ -17,7 +17,7 @@ from conftest import Ran
 from edgekit import tasks
 from edgekit.errors import PromptTooLongError
 from edgekit.formats.task_file import Item
-from edgekit.runtimes.llama_scorer import LlamaScorer
+from edgekit.runtimes import llama_scorer
 
 # Five choices each, so that guessing gets 20%; the right one is never the first.
 FACTS = [
@@ -75,7 +75,7 @@ def test_log_likelihoods_equal_transformers(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     asked = tasks.prompts(ITEMS[:1], ITEMS[1:], "{text}") + tasks.prompts([], ITEMS, "Q: {text}")
-    with LlamaScorer(tiny_gguf(name), n_ctx=256, threads=1) as scorer:
+    with llama_scorer.opened(tiny_gguf(name), n_ctx=256, threads=1) as scorer:
         for prompt in asked:
             found = scorer.log_likelihoods(*tasks.encode(scorer, prompt))
             expected = []
@@ -97,7 +97,7 @@ def test_log_likelihoods_equal_transformers(
 
 def test_a_shared_context_changes_no_score(smollm2_gguf: Path) -> None:
     """What the cache holds from the question before must not reach the next one."""
-    with LlamaScorer(smollm2_gguf, n_ctx=256, threads=1) as scorer:
+    with llama_scorer.opened(smollm2_gguf, n_ctx=256, threads=1) as scorer:
         first, second = (scorer.tokenize(text) for text in ("The capital of France is", "One, two"))
         answers = [scorer.tokenize(text) for text in (" Paris", " Berlin and Rome", ", three")]
         alone = [

@@ -211,31 +211,6 @@ def test_an_emoji_that_is_several_tokens_is_never_shown_in_parts(model: Session)
     assert all("�" not in piece for piece in pieces[:-1])
 
 
-def test_a_json_schema_is_kept_even_by_a_small_model(model: Session) -> None:
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 12},
-            "age": {"type": "integer"},
-            "colour": {"enum": ["red", "green"]},
-        },
-        "required": ["name", "age", "colour"],
-    }
-    done = model.complete("A person: ", json_schema=schema, max_tokens=100)
-    person = json.loads(done.text)
-    assert done.finish_reason == "stop"
-    assert set(person) == {"name", "age", "colour"}
-    assert isinstance(person["age"], int) and person["colour"] in ("red", "green")
-
-
-def test_a_grammar_is_kept_and_a_bad_one_is_a_usage_error(model: Session) -> None:
-    done = model.complete("Is the sky blue? ", grammar='root ::= "yes" | "no"', max_tokens=5)
-    assert done.text in ("yes", "no")
-    for grammar in ("root ::= (", "", "root ::= " + "(" * 30_000, 'a ::= "x"', "root ::= root"):
-        with pytest.raises(UsageError):
-            model.complete("x", grammar=grammar)
-
-
 def test_a_grammar_that_allows_nothing_ends_the_answer(model: Session) -> None:
     done = model.complete("x", grammar="root ::= [^\\x00-\\U0010FFFF]", max_tokens=5)
     assert (done.text, done.finish_reason) == ("", "stop")
