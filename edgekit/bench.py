@@ -6,7 +6,7 @@ Knows the order of the work and what makes it honest; never an engine, those run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from typing import Any
 
 from edgekit import __version__, machine, telemetry
 from edgekit.artifact import MANIFEST, Artifact
-from edgekit.bench_models import FORMAT, Model, opened
+from edgekit.bench_models import Model, opened
 from edgekit.bench_plan import Setting, Sweep, Test, settings_of, sweep_like
 from edgekit.bench_prediction import predicted, profile_of
 from edgekit.bench_side import CHILD_BYTES, COPIES, EngineSide, Sample, SessionSide, free_bytes
@@ -24,7 +24,6 @@ from edgekit.compare import Comparison, between, check, within
 from edgekit.device_config import LOCAL
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.report import (
     BenchReport,
     BenchRow,
@@ -45,7 +44,8 @@ def bench(
     progress: Progress = no_progress,
     **sweep: Any,
 ) -> BenchReport:
-    """Measure artifacts, their folders or GGUF files; ``sweep`` as in ``bench_plan.Sweep``.
+    """Measure artifacts of language models, their folders, or GGUF and ONNX files; ``sweep`` as in
+    ``bench_plan.Sweep``.
 
     Every combination of a model, thread count, cache type and batch has a process of its own; their
     repetitions take turns, so that what disturbs the machine disturbs all of them. ``probe`` False
@@ -131,7 +131,7 @@ class _Run:
         self._progress = progress
         self._remarks: list[str] = []
         self._clocks: list[float] = []
-        self._engine: dict[str, Any] = {}
+        self._engines: dict[str, dict[str, Any]] = {}
         self._threads: dict[str, tuple[int, int]] = {}
 
     def report(self, before: telemetry.Conditions) -> BenchReport:
@@ -152,7 +152,7 @@ class _Run:
             device=None,
             edgekit=__version__,
             machine=machine_facts(root),
-            engine=EngineFacts(RUNTIME_OF_FORMAT[FORMAT], **self._engine),
+            engine=_engine_facts(self._engines),
             models=tuple(model.facts for model in self._models),
             before=before,
             after=telemetry.conditions(root),
@@ -172,7 +172,13 @@ class _Run:
         for number, model in enumerate(self._models):
             self._progress("load", number, len(self._models))
             side = SessionSide(
-                model.facts, model.path, model.given, self._sweep, longest=model.longest
+                model.facts,
+                model.path,
+                model.given,
+                self._sweep,
+                longest=model.longest,
+                runtime=model.runtime,
+                kv_type=model.kv_types(self._sweep.kv_types)[0],
             )
             children.callback(side.close)
             if not self._sweep.threads:
@@ -193,7 +199,10 @@ class _Run:
         plans = [
             (model, setting)
             for model in self._models
-            for setting in settings_of(self._sweep, self._threads.get(model.facts.name))
+            for setting in settings_of(
+                replace(self._sweep, kv_types=model.kv_types(self._sweep.kv_types)),
+                self._threads.get(model.facts.name),
+            )
         ]
         keep = _fits(plans)
         if not keep:
@@ -204,10 +213,12 @@ class _Run:
         for number, (model, setting) in enumerate(plans):
             self._progress("warm up", number, len(plans))
             _check_context(model, setting)
-            side = EngineSide(model.facts, model.path, setting, self._sweep, keep=keep)
+            side = EngineSide(
+                model.facts, model.path, setting, self._sweep, keep=keep, runtime=model.runtime
+            )
             children.callback(side.close)
             side.warm_up()
-            self._engine = side.engine
+            self._engines[model.runtime] = side.engine
             sides.append(side)
         self._progress("warm up", len(plans), len(plans))
         return sides
@@ -251,6 +262,16 @@ class _Run:
                     f"{row.model} {row.test} -t {row.n_threads} kv {row.kv_type}: outliers of"
                     f" {speeds} tok/s count in the mean of {row.tok_s:.1f}"
                 )
+
+
+def _engine_facts(engines: Mapping[str, dict[str, Any]]) -> EngineFacts:
+    """One engine, or several in a row where models of several formats were measured together."""
+    backends = [each["backend"] for each in engines.values() if each["backend"]]
+    return EngineFacts(
+        ", ".join(engines),
+        ", ".join(each["version"] for each in engines.values()),
+        ", ".join(backends) or None,
+    )
 
 
 def _check_context(model: Model, setting: Setting) -> None:

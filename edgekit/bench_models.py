@@ -1,6 +1,6 @@
 """The models of a benchmark: opened, checked, hashed and named.
 
-Knows artifacts and GGUF headers; never what is measured.
+Knows artifacts and headers; never what is measured.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import _fs
+from edgekit import _fs, language_header
 from edgekit.artifact import Artifact
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress
 from edgekit.formats import gguf
+from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.report import ModelFacts
 
-FORMAT = "gguf"
+_OF_ONNX = RUNTIME_OF_FORMAT["onnx"]
 _UNTOLD_CONTEXT = 1 << 20  # of a header that tells none: the engine will judge
 
 
@@ -29,12 +30,21 @@ class Model:
     header: gguf.GgufHeader
     facts: ModelFacts
     adapters: bool
+    runtime: str
 
     @property
     def longest(self) -> int:
         """Tokens of the context that the model was trained for."""
         trained = self.header.metadata.get(f"{self.header.architecture}.context_length")
         return trained if isinstance(trained, int) and trained > 0 else _UNTOLD_CONTEXT
+
+    def kv_types(self, asked: Sequence[str]) -> tuple[str, ...]:
+        """The types of the KV cache to measure. Raises UsageError for what the engine cannot do."""
+        if self.runtime != _OF_ONNX:
+            return tuple(asked)
+        if not set(asked) <= {"f16", "f32"}:
+            raise UsageError(f"{self.facts.name} keeps its KV cache in f32, and no other type")
+        return ("f32",)  # whatever was asked for, the default included
 
 
 def opened(
@@ -49,7 +59,7 @@ def opened(
     found: list[Model] = []
     for number, given in enumerate(models):
         artifact, shown, path = _located(given)
-        header = gguf.read(path)
+        header = language_header.read(path)
         called = names[number] if names else shown.resolve().name
         name = unique(called, [model.facts.name for model in found])
         kind = artifact.manifest.recipe.type if artifact else header.main_type()
@@ -68,6 +78,7 @@ def opened(
                 ),
                 adapters=artifact is not None
                 and any(file.role == "adapter" for file in artifact.manifest.files),
+                runtime=_OF_ONNX if language_header.is_onnx(path) else RUNTIME_OF_FORMAT["gguf"],
             )
         )
     return found
@@ -84,7 +95,7 @@ def _located(given: Artifact | str | Path) -> tuple[Artifact | None, Path, Path]
         if Path(given).is_file():
             return None, Path(given), Path(given)
         given = Artifact.open(given)
-    if given.format != FORMAT:
+    if given.format != "gguf" and not language_header.is_onnx(given.model_path):
         raise UsageError(
             f"{given.path} is no language model",
             hint="edgekit bench A B measures such models together; from Python latency.latency()",

@@ -13,6 +13,7 @@ from typing import Any
 from edgekit import _proc, machine, telemetry
 from edgekit.bench_plan import Setting, Sweep, Test
 from edgekit.errors import EngineCrashedError
+from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.report import ModelFacts, SessionRow
 from edgekit.telemetry import Strain
 
@@ -77,7 +78,14 @@ class EngineSide:
     """One model with one setting in a process of its own."""
 
     def __init__(
-        self, facts: ModelFacts, path: Path, setting: Setting, sweep: Sweep, *, keep: bool
+        self,
+        facts: ModelFacts,
+        path: Path,
+        setting: Setting,
+        sweep: Sweep,
+        *,
+        keep: bool,
+        runtime: str = RUNTIME_OF_FORMAT["gguf"],
     ) -> None:
         """``keep``: the process stays between turns; else each turn starts a fresh one."""
         self.facts = facts
@@ -88,13 +96,14 @@ class EngineSide:
         self.engine: dict[str, Any] = {}
         self.turn_s = 0.0
         self._path = path
+        self._runtime = runtime
         self._keep = keep
         self._child: Child | None = None
 
     def warm_up(self) -> None:
         """Load, and run every test once, the long ones in short."""
         child = self._opened()
-        self.engine = child.ask("engine")
+        self.engine = child.ask("engine", runtime_name=self._runtime)
         self._end_turn(child)
 
     def take_turn(self) -> None:
@@ -112,6 +121,7 @@ class EngineSide:
         child.ask(
             "hold",
             path=str(self._path),
+            runtime_name=self._runtime,
             settings={
                 "n_ctx": setting.n_ctx,
                 "n_batch": self.sweep.n_batch,
@@ -175,7 +185,15 @@ class SessionSide:
     """A user's session of one model, with the first value of each list of the sweep."""
 
     def __init__(
-        self, facts: ModelFacts, path: Path, given: Path, sweep: Sweep, *, longest: int
+        self,
+        facts: ModelFacts,
+        path: Path,
+        given: Path,
+        sweep: Sweep,
+        *,
+        longest: int,
+        runtime: str,
+        kv_type: str,
     ) -> None:
         """``given`` is what the user loads, ``path`` the model's file in it; ``longest`` the
         context that the model was trained for.
@@ -184,7 +202,8 @@ class SessionSide:
         self.turn_s = 0.0
         self._path = path
         self._given = given
-        self._kv_type = sweep.kv_types[0]
+        self._runtime = runtime
+        self._kv_type = kv_type
         self._asked = sweep.threads[0] if sweep.threads else None
         self._threads = self._asked or 0
         self._depth = sweep.depths[0]
@@ -204,7 +223,9 @@ class SessionSide:
         """What ``edgekit.load`` takes for decode and for prefill."""
         child = Child(f"a session of {self.facts.name}")  # its memory is no part of the figures
         try:
-            decode, prefill = child.ask("threads", given=str(self._given), file=str(self._path))
+            decode, prefill = child.ask(
+                "threads", given=str(self._given), file=str(self._path), runtime_name=self._runtime
+            )
         finally:
             child.close()
         self._threads = self._threads or decode
@@ -220,7 +241,12 @@ class SessionSide:
             "kv_type": self._kv_type,
             "flash_attention": self._flash_attention,
         }
-        call = {"given": str(self._given), "file": str(self._path), "fields": fields}
+        call = {
+            "given": str(self._given),
+            "file": str(self._path),
+            "fields": fields,
+            "runtime_name": self._runtime,
+        }
         self._cold = child.ask("open", cold=True, **call)
         self._warm_s = child.ask("open", cold=False, **call)["seconds"]
         self.take_turn()

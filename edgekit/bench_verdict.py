@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit import model_cost, probe, profile, roofline
+from edgekit import language_header, model_cost, probe, profile, roofline
 from edgekit.artifact import Artifact
 from edgekit.bench_models import Model, file_of
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporter import Progress, no_progress
+from edgekit.model_cost import ModelCost
 from edgekit.profile import Profile
+from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.report import BenchReport, VerdictRow
 
+_LLAMA = RUNTIME_OF_FORMAT["gguf"]
 _PROFILED_PROMPT = 512
 
 
@@ -35,13 +38,13 @@ def judged(report: BenchReport, models: Sequence[Model], progress: Progress) -> 
         ]
         cost = model_cost.cost(model.header)
         try:
-            limits = probe.limits(threads, types=cost.types, progress=progress)
+            limits = probe.limits(threads, types=_probed(model, cost), progress=progress)
             verdict = roofline.verdict(
                 rows,
                 cost,
                 limits,
                 others=[row for row in report.rows if row.model in kin],
-                n_operators=profile.count_operators(model.path),
+                n_operators=_operators(model),
                 host_ms=_host_ms(report, name),
             )
         except EdgekitError as error:
@@ -65,6 +68,18 @@ def judged(report: BenchReport, models: Sequence[Model], progress: Progress) -> 
     return replace(report, verdicts=tuple(verdicts))
 
 
+def _probed(model: Model, cost: ModelCost) -> tuple[str, ...]:
+    """The types whose products are measured: llama.cpp's own. Where another engine computes, its
+    arithmetic is held against the float32 peak.
+    """
+    return cost.types if model.runtime == _LLAMA else ()
+
+
+def _operators(model: Model) -> int | None:
+    """Of a decoded token; None for an engine whose empty operators were not measured."""
+    return profile.count_operators(model.path) if model.runtime == _LLAMA else None
+
+
 def profiles(
     models: Sequence[Artifact | str | Path], report: BenchReport, progress: Progress = no_progress
 ) -> list[Profile]:
@@ -80,6 +95,11 @@ def profiles(
         best = max([row for row in rows if row.n_gen] or rows, key=lambda row: row.tok_s)
         n_prompt = max((row.n_prompt for row in rows), default=0) or _PROFILED_PROMPT
         path = file_of(given)
+        if language_header.is_onnx(path):
+            raise UsageError(
+                f"--profile looks into llama.cpp's graph, and {facts.name} is no GGUF file",
+                hint="leave out --profile",
+            )
         found.append(
             profile.profile(path, n_prompt=n_prompt, threads=best.n_threads, progress=progress)
         )

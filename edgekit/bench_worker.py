@@ -26,6 +26,7 @@ _TICK_S = 0.02
 _ASLEEP = 0.1  # the part of a tick that sleeping threads may still use
 _PATIENCE_S = 3.0
 _WARM_RUNS = 3
+_LLAMA = RUNTIME_OF_FORMAT["gguf"]
 # Runtime -> the package with its engine, and what the engine calls its code for processors.
 _TENSOR_ENGINES = {
     "ort": ("onnxruntime", "CPUExecutionProvider"),
@@ -61,9 +62,9 @@ class _Child:
 
     # The engine's bare loops
 
-    def hold(self, path: str, settings: dict[str, Any]) -> None:
+    def hold(self, path: str, settings: dict[str, Any], runtime_name: str = _LLAMA) -> None:
         """Load a model for ``prefill`` and ``decode``."""
-        runtime = RUNTIMES.load(RUNTIME_OF_FORMAT["gguf"])()
+        runtime = RUNTIMES.load(runtime_name)()
         self._bencher = runtime.bencher(Path(path), **settings)
 
     def prefill(self, n_tokens: int) -> dict[str, Any]:
@@ -132,15 +133,17 @@ class _Child:
         return found
 
     def tensor_engine(self, runtime_name: str) -> dict[str, Any]:
-        """Version and backend of an engine for models without tokens."""
+        """Version and backend of an engine that runs graphs."""
         package, backend = _TENSOR_ENGINES[runtime_name]
         return {"version": metadata.version(package), "backend": backend}
 
     # A user's session
 
-    def open(self, given: str, file: str, fields: dict[str, Any], cold: bool) -> dict[str, Any]:
+    def open(
+        self, given: str, file: str, fields: dict[str, Any], cold: bool, runtime_name: str
+    ) -> dict[str, Any]:
         """Load a session and let it give one token; seconds, and why a cold load was not cold."""
-        self._warm_imports()
+        self._warm_imports(runtime_name)
         if self._session is not None:
             self._session.close()
         note = drop_from_page_cache(Path(file)) if cold else None
@@ -150,11 +153,13 @@ class _Child:
             pass
         return {"seconds": time.perf_counter() - started, "note": note}
 
-    def _warm_imports(self) -> None:
+    def _warm_imports(self, runtime_name: str) -> None:
         """What a process pays once is no part of a model's load time."""
-        from edgekit import llama_library
+        RUNTIMES.load(runtime_name)
+        if runtime_name == _LLAMA:
+            from edgekit import llama_library
 
-        llama_library.libllama()
+            llama_library.libllama()
 
     def first_token(self, n_tokens: int) -> dict[str, Any]:
         """Seconds from the call to the first piece of text, with nothing cached."""
@@ -194,19 +199,23 @@ class _Child:
 
     # The process
 
-    def threads(self, given: str, file: str) -> list[int]:
+    def threads(self, given: str, file: str, runtime_name: str) -> list[int]:
         """The counts for decode and for prefill that ``edgekit.load`` takes for this model."""
         from edgekit.formats import gguf
         from edgekit.runtimes import threads
 
+        if runtime_name != _LLAMA:
+            return list(threads.first_guess())
         with load(given):
             pass  # the first load of this kind of model measures them
         header = gguf.read(Path(file))
         # A busy machine's figures are not remembered.
         return list(threads.known(header, LoadParams()) or threads.first_guess())
 
-    def engine(self) -> dict[str, Any]:
-        """Version and backend of the engine."""
+    def engine(self, runtime_name: str) -> dict[str, Any]:
+        """Version and backend of an engine of language models."""
+        if runtime_name != _LLAMA:
+            return self.tensor_engine(runtime_name)
         from edgekit import llama_library
 
         return {"version": llama_library.version(), "backend": llama_library.backend_file()}

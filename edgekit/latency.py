@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__, graph_file, language_model, machine, probe, telemetry
+from edgekit import __version__, graph_file, language_header, machine, probe, telemetry
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import hashed, unique
 from edgekit.bench_side import CHILD_BYTES, COPIES, Child, free_bytes
@@ -93,24 +93,14 @@ class _Side:
 
 
 def takes(model: Artifact | str | Path) -> bool:
-    """Whether ``model`` is one without tokens. Raises ArtifactError for a broken artifact, and
-    UsageError for a language model in ONNX form, which no bench measures yet.
-    """
+    """Whether ``model`` is one without tokens. Raises ArtifactError for a broken artifact."""
     path = model.path if isinstance(model, Artifact) else Path(model)
     if isinstance(model, Artifact) or (path.is_dir() and (path / MANIFEST).exists()):
         found = model if isinstance(model, Artifact) else Artifact.open(path)
         if found.format not in FORMATS:
             return False
         path = found.model_path
-    if path.suffix.lower() not in graph_file.FORMATS:
-        return False
-    if path.suffix.lower() == ".onnx" and language_model.is_one(path):
-        raise UsageError(
-            f"bench takes no language model in ONNX form yet: {path}",
-            hint="its receipt has the speeds (edgekit inspect), and edgekit run shows them;"
-            " as GGUF bench takes it",
-        )
-    return True
+    return path.suffix.lower() in graph_file.FORMATS and not language_header.is_onnx(path)
 
 
 def latency(

@@ -29,7 +29,7 @@ _PLEASANT_TOK_S = 10.0
 _START_S = 0.5  # Python and the engine, before the first byte of a model
 _MAX_CONTEXT = 1 << 22
 _MAX_SEQS = 256
-_LATENCY_ENGINE = "ort"
+_GRAPH_ENGINE = "ort"
 _LOAD_OFF = 0.35
 
 
@@ -165,6 +165,11 @@ def plan(
     found = planned(model, bits=bits, file_type=type)
     if found.vision is not None:
         return _vision_plan(found, profile, threads or profile.n_threads)
+    if found.runtime == _GRAPH_ENGINE:
+        profile = replace(profile, gpu=None)  # such a model runs on the processor
+        if batch != 1 or kv_type not in ("f16", "f32"):
+            raise UsageError("an ONNX language model has one sequence, and its KV cache is f32")
+        kv_type = "f32"
     wish = _checked(found.language(), profile, context, batch, kv_type, threads, n_batch)
     return _language_plan(found, profile, wish)
 
@@ -224,6 +229,7 @@ def _case(model: PlannedModel, profile: DeviceProfile, wish: _Wish) -> _Case:
         n_batch=wish.n_batch,
         kv_type=wish.kv_type,
         available=profile.available_bytes,
+        graph=model.runtime == _GRAPH_ENGINE,
     )
     layers = _gpu_layers(header, memory, profile, wish)
     part = 0.0 if layers is None else layers / max(1, len(cost.layers))
@@ -321,6 +327,8 @@ def _remarks(case: _Case, profile: DeviceProfile) -> Iterator[str]:
         yield f"{profile.title} lacks {short:.0f} MB of memory for it"
     elif case.memory.margin < 0.1 * case.memory.available:
         yield "little memory is left: close everything else"
+    if case.model.runtime == _GRAPH_ENGINE:
+        yield "speeds are those of llama.cpp with as many bits: ONNX Runtime's were not fitted"
     if case.layers and profile.gpu:
         yield f"with an engine that is built for {profile.gpu.name}; else the CPU computes all"
 
@@ -357,8 +365,10 @@ def _candidates(model: PlannedModel) -> Iterator[PlannedModel]:
 
     What was quantized before stays as it is, or gets fewer bits.
     """
-    if model.lossy_bytes == weight_bytes(model.language()):
+    if model.runtime == _GRAPH_ENGINE or model.lossy_bytes == weight_bytes(model.language()):
         yield model
+    if model.runtime == _GRAPH_ENGINE:
+        return  # other types are another export
     for name in _CANDIDATES:
         other = in_type(model, name)
         if model.lossy_bytes is None or weight_bytes(other.language()) < model.lossy_bytes:
@@ -383,12 +393,12 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
         model.vision, int8=int8, available=profile.available_bytes, stored=model.stored
     )
     latency = vision_predictor.predict_vision(
-        model.vision, profile, int8=int8, engine=_LATENCY_ENGINE, n_threads=threads
+        model.vision, profile, int8=int8, engine=_GRAPH_ENGINE, n_threads=threads
     )
     faster = vision_predictor.predict_vision(
-        model.vision, profile, int8=True, engine=_LATENCY_ENGINE, n_threads=threads
+        model.vision, profile, int8=True, engine=_GRAPH_ENGINE, n_threads=threads
     )
-    bound, verdict = vision_predictor.bound(model.vision, profile, int8, _LATENCY_ENGINE, threads)
+    bound, verdict = vision_predictor.bound(model.vision, profile, int8, _GRAPH_ENGINE, threads)
     storage = profile.storage.read_mbps
     faster_if = (f"with 8 bits {faster.mid:.3g} ms",) if not int8 else ()
     open_sizes = (
@@ -396,7 +406,7 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
         if model.assumed
         else ()
     )
-    inputs = vision_predictor.inputs(profile, engine=_LATENCY_ENGINE, n_threads=threads)
+    inputs = vision_predictor.inputs(profile, engine=_GRAPH_ENGINE, n_threads=threads)
     return Plan(
         model=model.name,
         architecture="vision",

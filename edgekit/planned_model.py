@@ -11,13 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import hub, language_model, model_folder, onnx_cost, quant, vision_cost
+from edgekit import (
+    hub,
+    language_header,
+    language_model,
+    model_folder,
+    onnx_cost,
+    quant,
+    vision_cost,
+)
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import SourceError, UsageError
 from edgekit.formats import gguf, json_file, onnx
 from edgekit.formats.foreign import Malformed
 from edgekit.formats.gguf import GgufHeader
 from edgekit.model_shape import header_of
+from edgekit.registry import RUNTIME_OF_FORMAT
 from edgekit.source import BUILT_IN, source
 from edgekit.tensor_types import retyped
 from edgekit.unsafe_config import refuse_code
@@ -36,7 +45,8 @@ _BITS = 4  # where neither the model nor the user says more
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A language model's header, or a vision model's cost; ``type`` is what its weights will be.
+    """A language model's header, or a vision model's cost; ``type`` is what its weights will be,
+    ``runtime`` what runs it.
 
     ``lossy_bytes`` is the size of weights that were quantized before: more bits would hold no more.
     Of an ONNX file that stays as it is ``stored`` has the bytes of its weights by dtype, and
@@ -45,6 +55,7 @@ class PlannedModel:
 
     name: str
     type: str
+    runtime: str = RUNTIME_OF_FORMAT["gguf"]
     header: GgufHeader | None = None
     vision: VisionCost | None = None
     lossy_bytes: int | None = None
@@ -106,10 +117,7 @@ def planned(
 def _of_onnx(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
     """As the file stands; of a float file also what 8 bits would bring."""
     if language_model.is_one(path):
-        raise UsageError(
-            f"plan takes no language model in ONNX form yet: {name}",
-            hint="plan for the model that it was made of, whose GGUF has nearly the same size",
-        )
+        return _of_onnx_language(name, path, bits, file_type)
     _check_vision(bits, file_type)
     found = onnx_cost.cost(onnx.read(path, whole=False))
     stands = "int8" if found.is_int8 else "F32"
@@ -122,6 +130,26 @@ def _of_onnx(name: str, path: Path, bits: int | None, file_type: str | None) -> 
         vision=found.cost,
         stored=found.weight_bytes if wanted == stands else None,
         assumed=found.assumed,
+    )
+
+
+def _of_onnx_language(
+    name: str, path: Path, bits: int | None, file_type: str | None
+) -> PlannedModel:
+    if bits is not None or file_type is not None:
+        raise UsageError(
+            "an ONNX language model is planned as it stands",
+            hint="plan for the model that it was made of with --bits or --type",
+        )
+    header = language_header.read(path, whole=False)
+    _check_sizes(name, header)
+    kind = language_model.beside(path).type
+    return PlannedModel(
+        name,
+        kind,
+        RUNTIME_OF_FORMAT["onnx"],
+        header=header,
+        lossy_bytes=None if kind in quant.FLOAT_TYPES else weight_bytes(header),
     )
 
 

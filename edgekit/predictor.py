@@ -60,6 +60,8 @@ _ONE_COLUMN = {"NEON": 0.5, "DOTPROD": 0.6, "MATMUL_INT8": 0.6, "AVX2": 0.55, "A
 _UNPACKING = {"Q4_0": 1.0, "Q4_K": 0.97, "IQ4_NL": 0.97, "Q2_K": 0.9, "Q8_0": 0.85, "IQ4_XS": 0.8}
 _UNPACKING |= {"Q6_K": 0.75, "Q5_K": 0.75, "Q3_K": 0.7, "F16": 0.7, "BF16": 0.7, "Q4_1": 0.6}
 _UNPACKING |= {"Q5_0": 0.5, "Q5_1": 0.45, "F32": 0.5}
+# Blocks of an ONNX language model: their kernels unpack as those of llama.cpp's plainest types do.
+_UNPACKING |= {"wi4": _UNPACKING["Q4_0"], "wi8": _UNPACKING["Q8_0"]}
 _LOOKED_UP = 0.35  # of the types that look values up in tables: IQ1, IQ2, IQ3
 
 
@@ -311,7 +313,8 @@ def _vnni(profile: DeviceProfile) -> float:
 
 
 def _unpacking(kind: str) -> float:
-    return _UNPACKING.get(kind, _LOOKED_UP)
+    bits = kind.partition("b")[0] if kind.startswith("wi") else kind  # whatever their length
+    return _UNPACKING.get(bits, _LOOKED_UP)
 
 
 def one_column_flops(profile: DeviceProfile, kind: str, threads: int) -> float:

@@ -16,10 +16,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgekit import __version__, _proc, graph_file, report, typed_json
+from edgekit import __version__, _proc, graph_file, language_header, report, typed_json
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.bench import bench
-from edgekit.bench_models import FORMAT, file_of
+from edgekit.bench_models import file_of
 from edgekit.bench_plan import Sweep
 from edgekit.bench_prediction import predicted, profile_of
 from edgekit.board_link import printable
@@ -28,7 +28,6 @@ from edgekit.device_probe import Measured
 from edgekit.errors import EdgekitError, RemoteCommandError, UsageError
 from edgekit.evaluate import Divergence, Perplexity
 from edgekit.exporter import Progress, no_progress
-from edgekit.formats import gguf
 from edgekit.intervals import Interval
 from edgekit.report import BenchReport
 from edgekit.runtime import GenerateParams, Generation, TokenLogprob
@@ -72,7 +71,7 @@ def bench_on(
     remarks = (EMULATED, *found.remarks) if facts.emulated else found.remarks
     machine = replace(found.machine, emulated=facts.emulated)
     headers = {
-        sent.name: gguf.read(file_of(model))
+        sent.name: language_header.read(file_of(model))
         for sent, model in zip(found.models, models, strict=False)
     }
     found = replace(found, device=called(target, facts), machine=machine, remarks=remarks)
@@ -332,7 +331,7 @@ def _python(target: Target, facts: BoardFacts) -> str:
 def _check_language(model: Path) -> None:
     """Before anything is uploaded."""
     graph = model.suffix.lower() in graph_file.FORMATS
-    if graph or (is_artifact(model) and Artifact.open(model).format != FORMAT):
+    if graph or (is_artifact(model) and Artifact.open(model).format != "gguf"):
         raise UsageError(f"{model} is no language model", hint="edgekit run and bench take it")
 
 

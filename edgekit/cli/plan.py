@@ -64,9 +64,10 @@ def command(
         show_plan.plan(made)
     if not made.fits:
         better = made.recommended
+        kind = "" if better.type == made.type else f"--type {better.type} "
         raise DoesNotFitError(
             f"{made.model} as {made.type} with {made.context} tokens does not fit {made.title}",
-            hint=f"--type {better.type} --context {better.context} would"
+            hint=f"{kind}--context {better.context} would"
             if better.type and better.context
             else "take a smaller model, or a larger board",
         )

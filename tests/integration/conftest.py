@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+import edgekit
+from edgekit import exporter
 from edgekit.exporters import hf_to_gguf
 from edgekit.source import source
 
@@ -37,3 +39,19 @@ def tiny_gguf(tiny_model: Callable[[str], Path]) -> Callable[[str], Path]:
         return out
 
     return path
+
+
+@pytest.fixture(scope="session")
+def float_model(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], edgekit.Artifact]:
+    """The F32 artifact of a model in ``tiny.MODELS``; never write to it."""
+    root, made = tmp_path_factory.mktemp("onnx"), dict[str, edgekit.Artifact]()
+
+    def artifact(name: str) -> edgekit.Artifact:
+        if name not in made:
+            out = root / name
+            made[name] = exporter.export(tiny_model(name), "onnx", bits=32, receipt=False, out=out)
+        return made[name]
+
+    return artifact
