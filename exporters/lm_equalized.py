@@ -63,7 +63,8 @@ class Equalized:
             return found
         decoder = self.decoder
         heads = found.reshape(decoder.kv_heads, 1, decoder.head_dim)
-        return np.repeat(heads, decoder.heads // decoder.kv_heads, axis=1).ravel()
+        repeated: Array = np.repeat(heads, decoder.heads // decoder.kv_heads, axis=1).ravel()
+        return repeated
 
     # What Weights offers
 
@@ -102,7 +103,8 @@ class Equalized:
         layer, _, part = norm.partition(".")
         reader = {"norm": "qkv", "mlp_norm": "gate_up"}.get(part)
         scale = self._scales.get(f"{layer}.{reader}")
-        return values if scale is None else values / scale
+        divided: Array = values if scale is None else values / scale
+        return divided
 
     def _divide_rows(self, name: str, rows: Array) -> None:
         """The last rows of "qkv" are values, those of "gate_up" are "up"."""
@@ -121,4 +123,5 @@ def _scale(power: Array, columns: Array) -> Array:
     logs = _STRENGTH * (np.log(power) - np.log(columns))
     for start in range(0, len(logs), BLOCK):
         logs[start : start + BLOCK] -= logs[start : start + BLOCK].mean()
-    return np.exp(np.clip(logs, -np.log(_MOST), np.log(_MOST))).astype(np.float32)
+    found: Array = np.exp(np.clip(logs, -np.log(_MOST), np.log(_MOST))).astype(np.float32)
+    return found

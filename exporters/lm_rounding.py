@@ -60,7 +60,8 @@ def _hessian(square: Array) -> Array:
     places = np.diag_indices(len(hessian))
     hessian[unused, unused] = mean
     hessian[places] += _TRUST * diagonal + _DAMPING * mean
-    return hessian / mean
+    hessian /= mean
+    return hessian
 
 
 def _fed_forward(target: Array, hessian: Array) -> tuple[Array, Array, Array]:
