@@ -88,6 +88,7 @@ ONNX_TYPES = (
     "weight_only_wi8_afp32",
     "weight_only_wi8b32",
     "weight_only_wi4b32",
+    "weight_only_wi4_afp32",
 )
 # Those that a language model is exported to; its activations stay float32 between the products.
 ONNX_LANGUAGE_TYPES = ("F32", "F16", "weight_only_wi8b32", "weight_only_wi4b32")

@@ -8,6 +8,7 @@ https://mobiusml.github.io/hqq_blog/ discuss why).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,23 @@ _TABLE_ROWS = 256  # below, an embedding is not worth it
 def apply(graph: Graph, bits: int, kept: set[str]) -> dict[str, Any]:
     """Rewrite every matrix product with constant weights, and every table; how many of each."""
     count = 0
+    for node, weights in matrices(graph, kept):
+        packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits)
+        parts = {"blocks": packed, "scales": scales, "zeros": zeros}
+        options = {"bits": bits, "block_size": BLOCK, "accuracy_level": _INT8_COMPUTE}
+        graph.replace([node], product(graph, node, weights.shape, parts, options))
+        count += 1
+    if count:
+        need_domain(graph.model, MICROSOFT)
+    tables = quantize_tables(graph, kept)
+    graph.finish()
+    return {"matrices": count, "tables": tables}
+
+
+def matrices(graph: Graph, kept: set[str]) -> Iterator[tuple[Any, Any]]:
+    """Every product with a constant float32 matrix, and that matrix as [inputs, outputs]; a taker
+    may replace the product meanwhile. Nodes named in ``kept`` are left out.
+    """
     for node in list(graph.nodes):
         if node.name in kept or node.op_type not in ("MatMul", "Gemm"):
             continue
@@ -37,23 +55,24 @@ def apply(graph: Graph, bits: int, kept: set[str]) -> dict[str, Any]:
             if attribute(node, "beta", 1.0) != 1.0:
                 continue
             weights = weights.T if attribute(node, "transB", 0) else weights
-        graph.replace([node], _product(graph, node, weights, bits))
-        count += 1
-    if count:
-        need_domain(graph.model, MICROSOFT)
-    tables = quantize_tables(graph, kept)
-    graph.finish()
-    return {"matrices": count, "tables": tables}
+        yield node, weights
 
 
-def _product(graph: Graph, node: Any, weights: Any, bits: int) -> list[Any]:
-    """A MatMulNBits with the bias of a Gemm behind it; ``weights`` are [inputs, outputs]."""
-    inputs, outputs = weights.shape
-    packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits)
+def product(
+    graph: Graph,
+    node: Any,
+    shape: tuple[int, int],
+    parts: Mapping[str, Any],
+    options: Mapping[str, int],
+) -> list[Any]:
+    """A MatMulNBits of ``shape`` (inputs, outputs) in the place of ``node``, with the bias of a
+    Gemm behind it. ``parts`` are the operator's constants by name, in its order; ``options`` its
+    attributes.
+    """
+    inputs, outputs = shape
     name = node.input[1]
     names = [
-        graph.add_constant(f"{name}.{node.name}.{part}", array)
-        for part, array in (("blocks", packed), ("scales", scales), ("zeros", zeros))
+        graph.add_constant(f"{name}.{node.name}.{part}", array) for part, array in parts.items()
     ]
     biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]
     out = f"{node.output[0]}.product" if biased else node.output[0]
@@ -66,9 +85,7 @@ def _product(graph: Graph, node: Any, weights: Any, bits: int) -> list[Any]:
             domain=MICROSOFT,
             K=inputs,
             N=outputs,
-            bits=bits,
-            block_size=BLOCK,
-            accuracy_level=_INT8_COMPUTE,
+            **options,
         )
     ]
     if biased:
@@ -105,12 +122,12 @@ def quantize_blocks(weights: Any, bits: int) -> tuple[Any, Any, Any]:
     quantized = np.clip(np.rint(values / scales) + zeros, 0, top).astype(np.uint8)
     flat = zeros.reshape(outputs, blocks).astype(np.uint8)
     if bits == 4:
-        quantized = _paired(quantized)
-        flat = _paired(np.pad(flat, ((0, 0), (0, blocks % 2))))
+        quantized = paired(quantized)
+        flat = paired(np.pad(flat, ((0, 0), (0, blocks % 2))))
     return quantized, scales.reshape(-1).astype(np.float32), flat.reshape(-1)
 
 
-def _paired(values: Any) -> Any:
+def paired(values: Any) -> Any:
     """Two 4-bit values in a byte, the first in its lower half."""
     return values[..., ::2] | values[..., 1::2] << 4
 

@@ -26,6 +26,7 @@ from edgekit.exporters import (
     onnx_blocks,
     onnx_channels,
     onnx_graph,
+    onnx_grid,
     onnx_products,
     onnx_smoothing,
 )
@@ -76,6 +77,9 @@ def quantize(
         elif scheme == "weight_only_wi8_afp32":
             model = onnx_graph.load(source)
             facts = onnx_channels.apply(Graph(model), kept)
+        elif scheme == "weight_only_wi4_afp32":
+            model = onnx_graph.load(source)
+            facts = onnx_grid.apply(Graph(model), kept)
         elif scheme == "dynamic_wi8_afp32":
             model, facts = _dynamic(source, Path(folder), kept, samples)
         elif onnx_graph.is_convolutional(source):

@@ -52,6 +52,7 @@ _WEIGHT_BYTES = {
     "weight_only_wi8_afp32": 1.0,
     "weight_only_wi8b32": 1.125,
     "weight_only_wi4b32": 0.625,
+    "weight_only_wi4_afp32": 0.5625,
 }
 
 

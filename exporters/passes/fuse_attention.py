@@ -80,7 +80,7 @@ def _match(graph: Graph, softmax: Any) -> _Match | None:
         constant = graph.constant(scaled.input[1])
         if constant is None or constant.size != 1:
             return None
-        scale = float(constant) if scaled.op_type == "Mul" else 1 / float(constant)
+        scale = constant.item() if scaled.op_type == "Mul" else 1 / constant.item()
         nodes.append(scaled)
         scores = scaled.input[0]
     product, weighted = graph.maker(scores, "MatMul"), graph.only_taker(softmax.output[0], "MatMul")
