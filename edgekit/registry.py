@@ -169,6 +169,7 @@ RECIPES = Shelf(
     {
         "minimal": "edgekit.training.minimal:RECIPE",
         "tinyllama": "edgekit.training.tinyllama:RECIPE",
+        "vit-qat": "edgekit.training.vit_qat:RECIPE",
     },
     extra="train",
 )
@@ -179,6 +180,7 @@ NETWORKS = Shelf(
     "edgekit.networks",
     {
         "minimal": "edgekit.training.minimal:build",
+        "vit-qat": "edgekit.training.vit_qat:build",
     },
     extra="train",
 )

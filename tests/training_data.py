@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from edgekit.training.trainer import Batch
 
@@ -24,6 +24,20 @@ def picture_folder(folder: Path, each: int = 30, side: int = 8) -> Path:
             else:
                 pixels[:, at] = 255
             Image.fromarray(pixels).save(folder / kind / f"{number:03}.png")
+    return folder
+
+
+def digit_folder(folder: Path, each: int = 12, side: int = 28) -> Path:
+    """The ten digits in white on black, each a little elsewhere: one folder a digit."""
+    random = np.random.default_rng(0)
+    font = ImageFont.load_default(size=round(0.7 * side))
+    for digit in map(str, range(10)):
+        (folder / digit).mkdir(parents=True)
+        for number in range(each):
+            picture = Image.new("L", (side, side))
+            at = side / 2 + random.integers(-2, 3, 2)
+            ImageDraw.Draw(picture).text(tuple(at), digit, fill=255, font=font, anchor="mm")
+            picture.save(folder / digit / f"{number:03}.png")
     return folder
 
 

@@ -24,5 +24,6 @@ CATALOGUE = {
         "91.86% on Fashion-MNIST, 99.50% on 2,000 digits of MNIST, 96,490 parameters",
         "benchmarks/train/run minimal",
     ),
+    "vit-qat": Entry("A vision transformer of 4-bit weights and activations, by learned steps."),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
 }

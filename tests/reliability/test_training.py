@@ -79,6 +79,15 @@ def test_three_kills_in_any_phase_of_tinyllama_change_nothing(tmp_path: Path) ->
     killed_at_random_points(tmp_path, 3, "tinyllama", *data, *more, *last)
 
 
+@pytest.mark.slow
+def test_three_kills_in_any_phase_of_vit_qat_change_nothing(tmp_path: Path) -> None:
+    pictures = picture_folder(tmp_path / "pictures", each=40)
+    size = ("side=8", "channels=1", "patch=2", "width=32", "depth=1", "heads=2", "hidden=64")
+    more = ("steps=60", "tune_steps=60", "batch=16", "calibration=32", "checkpoint_every=7")
+    last = ("eval_every=20", "formats=w4a4,w3a3", "threads=1", "latency=no")
+    killed_at_random_points(tmp_path, 3, "vit-qat", f"data={pictures}", *size, *more, *last)
+
+
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     found = forks("spread", tmp_path)
     one = found.pop("one")
