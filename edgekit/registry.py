@@ -169,6 +169,9 @@ RECIPES = Shelf(
     {
         "minimal": "edgekit.training.minimal:RECIPE",
         "tinyllama": "edgekit.training.tinyllama:RECIPE",
+        "diffusion": "edgekit.training.diffusion:RECIPE",
+        "dual-encoder": "edgekit.training.dual_encoder:RECIPE",
+        "video": "edgekit.training.video:RECIPE",
         "vit-qat": "edgekit.training.vit_qat:RECIPE",
     },
     extra="train",
@@ -180,6 +183,8 @@ NETWORKS = Shelf(
     "edgekit.networks",
     {
         "minimal": "edgekit.training.minimal:build",
+        "diffusion": "edgekit.training.diffusion:build",
+        "video": "edgekit.training.video:build",
         "vit-qat": "edgekit.training.vit_qat:build",
     },
     extra="train",

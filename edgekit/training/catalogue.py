@@ -25,5 +25,8 @@ CATALOGUE = {
         "benchmarks/train/run minimal",
     ),
     "vit-qat": Entry("A vision transformer of 4-bit weights and activations, by learned steps."),
+    "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
+    "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
+    "diffusion": Entry("A generator of digits (DDPM, DDIM): noise in, images out."),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import picture_folder
+from training_data import digit_folder, picture_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = ROOT / "tests" / "training_forks.py"
@@ -86,6 +86,28 @@ def test_three_kills_in_any_phase_of_vit_qat_change_nothing(tmp_path: Path) -> N
     more = ("steps=60", "tune_steps=60", "batch=16", "calibration=32", "checkpoint_every=7")
     last = ("eval_every=20", "formats=w4a4,w3a3", "threads=1", "latency=no")
     killed_at_random_points(tmp_path, 3, "vit-qat", f"data={pictures}", *size, *more, *last)
+
+
+OTHERS = {
+    "video": ("frames=4", "side=16", "widths=8,16", "part=4", "clips=300", "test_clips=100"),
+    "dual-encoder": (
+        *("side=16", "width=32", "depth=1", "text_depth=1", "heads=2", "space=16"),
+        *("scenes=500", "test_scenes=100"),
+    ),
+    "diffusion": (
+        *("side=12", "widths=16,16", "blocks=1", "generate=3", "judged=100", "judge_steps=40"),
+        "ema=0.9",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_three_kills_change_nothing_of_the_others(tmp_path: Path, recipe: str) -> None:
+    digits = digit_folder(tmp_path / "digits")
+    more = ("steps=60", "batch=16", "checkpoint_every=7", "eval_every=20", "threads=1")
+    pairs = (f"data={digits}", *OTHERS[recipe], *more, "latency=no")
+    killed_at_random_points(tmp_path, 3, recipe, *pairs)
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
