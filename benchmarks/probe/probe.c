@@ -4,7 +4,7 @@
  *     ./probe read THREADS SECONDS        bytes per second
  *     ./probe multiply THREADS SECONDS    FLOP per second
  *
- * Prints the best of ROUNDS rounds. Reading: each thread adds up a share of its own of BYTES bytes,
+ * Prints the best of ROUNDS rounds. Reading: each thread loads a share of its own of BYTES bytes,
  * several streams at a time. Multiplying: each thread keeps as many independent multiply-adds going
  * as fill the pipelines, all in registers. Knows nothing of edgekit.
  */
@@ -35,6 +35,13 @@
 #define ROUNDS 100
 #define PIECE ((size_t)8 << 20)
 
+/* Takes a value into a vector register, and does nothing with it. */
+#if defined(__x86_64__)
+#define LOAD(value) __asm__ volatile("" ::"v"(value))
+#else
+#define LOAD(value) __asm__ volatile("" ::"w"(value))
+#endif
+
 typedef float floats __attribute__((vector_size(WIDTH)));
 typedef uint64_t words __attribute__((vector_size(WIDTH)));
 
@@ -54,16 +61,12 @@ static double now(void) {
 static double read_once(const char *data, size_t bytes) {
     const size_t length = bytes / STREAMS / LINE * (LINE / WIDTH);
     const words *at = (const words *)data;
-    words sums[STREAMS][LINE / WIDTH] = {0};
     for (size_t i = 0; i < length; i += LINE / WIDTH)
 #pragma GCC unroll 6
         for (int stream = 0; stream < STREAMS; stream++)
 #pragma GCC unroll 4
             for (int word = 0; word < LINE / WIDTH; word++)
-                sums[stream][word] += at[stream * length + i + word];
-    for (int stream = 0; stream < STREAMS; stream++)
-        for (int word = 0; word < LINE / WIDTH; word++)
-            __asm__ volatile("" ::"m"(sums[stream][word]));
+                LOAD(at[stream * length + i + word]);
     return (double)(length * STREAMS * WIDTH);
 }
 
