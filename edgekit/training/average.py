@@ -61,5 +61,5 @@ class Average:
 
 
 def _averaged(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
+    yield from (each for each in model.parameters() if each.requires_grad)
     yield from (each for each in model.buffers() if each.is_floating_point())

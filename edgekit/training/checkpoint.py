@@ -59,9 +59,27 @@ def model_state(model: torch.nn.Module) -> Tensors:
     return {name: each.detach().contiguous().clone() for name, each in found.items()}
 
 
-def set_model_state(model: torch.nn.Module, state: Tensors) -> None:
-    """Every process must call it, with the whole state."""
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+def _trained_names(model: torch.nn.Module) -> set[str]:
+    """What training changes, weights and statistics: all but frozen weights, which are what the
+    recipe built.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, each in named if not each.requires_grad}
+    return {name.removeprefix("module.") for name in model.state_dict() if name not in frozen}
+
+
+def _trained_state(model: torch.nn.Module) -> Tensors:
+    names = _trained_names(model)
+    return {name: each for name, each in model_state(model).items() if name in names}
+
+
+def _set_trained_state(model: torch.nn.Module, state: Tensors) -> None:
+    """Every process must call it. Raises ValueError for a state of another model."""
+    if other := sorted(_trained_names(model) ^ set(state)):
+        raise ValueError(f"it has other weights than the model: {other[:3]}")
+    # Frozen weights are missing.
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, state, options=options)
 
 
 def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
@@ -116,17 +134,18 @@ def save(
     *,
     main: bool,
 ) -> None:
-    """Write the state of a run; an earlier file stays until the new one is whole.
+    """Write the state of a run; an earlier file stays until the new one is whole. Frozen weights
+    are not in it: who trains an adapter keeps the adapter.
 
     ``curve`` is float64 [points, columns]. Every process must call it; ``main`` writes.
     Raises OutOfSpaceError.
     """
-    tensors = {_MODEL + name: each for name, each in model_state(model).items()}
+    tensors = {_MODEL + name: each for name, each in _trained_state(model).items()}
     for name, each in _optimizer_state(model, optimizer).items():
         tensors[_OPTIMIZER + name] = each
     if average:
         with average.applied():
-            averaged = model_state(model)
+            averaged = _trained_state(model)
         tensors |= {_AVERAGE + name: each for name, each in averaged.items()}
     if main:
         write(path, tensors | {_CURVE: curve}, asdict(progress))
@@ -141,9 +160,9 @@ def load(
     tensors, body = read(path)
     with _damaged(path):
         if average:
-            set_model_state(model, _below(_AVERAGE, tensors))
+            _set_trained_state(model, _below(_AVERAGE, tensors))
             average.take()
-        set_model_state(model, _below(_MODEL, tensors))
+        _set_trained_state(model, _below(_MODEL, tensors))
         _set_optimizer_state(model, optimizer, _below(_OPTIMIZER, tensors))
         return Progress(**body), tensors[_CURVE]
 

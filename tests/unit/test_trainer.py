@@ -96,6 +96,26 @@ def test_kernels_that_lie_channels_last_go_on_with_their_own_moments(tmp_path: P
     assert same(fit(tmp_path / "cut", model=convolved()), whole)
 
 
+def half_frozen() -> torch.nn.Module:
+    model = network()
+    for weight in next(model.children()).parameters():
+        weight.requires_grad_(False)
+    return model
+
+
+def test_frozen_weights_stay_out_of_the_checkpoint_and_in_the_result(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", model=half_frozen())
+    tensors, _ = checkpoint.read(tmp_path / "whole" / "checkpoint.safetensors")
+    held = {name for name in tensors if name.startswith(("model", "average", "optimizer"))}
+    assert held and not any(".layers." in name for name in held)
+    assert torch.equal(whole.state["layers.0.weight"], network().state_dict()["layers.0.weight"])
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", stop_at=13, model=half_frozen())
+    assert same(fit(tmp_path / "cut", model=half_frozen()), whole)
+    with pytest.raises(CorruptArtifactError):  # it has not all that another model trains
+        fit(tmp_path / "cut", model=network())
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     whole = fit(tmp_path)
     assert same(fit(tmp_path, stop_at=24), whole)
