@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgekit.training.experts import SparseExperts
+
 _ROPE_THETA = 10_000.0
 _RMS_EPS = 1e-5
 
@@ -21,7 +23,8 @@ _RMS_EPS = 1e-5
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model: width, width of the feed-forward part, blocks, heads of queries, heads of
-    keys and values, and entries of the vocabulary.
+    keys and values, and entries of the vocabulary. With ``experts`` each block has so many
+    feed-forward parts, of which a token takes ``chosen`` (edgekit.training.experts).
     """
 
     width: int
@@ -30,6 +33,9 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    experts: int = 0
+    chosen: int = 2
+    capacity: float = 1.25
 
     @property
     def head(self) -> int:
@@ -39,7 +45,10 @@ class Shape:
     def matrices(self) -> int:
         """Weights that each token is multiplied with; the tied table counts once, as the output."""
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * self.head
-        return self.layers * (attention + 3 * self.width * self.inner) + self.width * self.vocab
+        feed = 3 * self.width * self.inner
+        if self.experts:
+            feed = self.chosen * feed + self.width * self.experts
+        return self.layers * (attention + feed) + self.width * self.vocab
 
     def train_flops(self, length: int) -> float:
         """Operations to train on one token of a text of ``length``: 6 a weight, and 12 a layer,
@@ -49,10 +58,20 @@ class Shape:
         return 6.0 * self.matrices + 6.0 * self.layers * self.width * length
 
     def config(self, n_ctx: int, specials: Mapping[str, int]) -> dict[str, Any]:
-        """The config.json of such a model; both spellings of the rotary base, for old readers."""
+        """The config.json of such a model; both spellings of the rotary base, for old readers. With
+        experts it is a Mixtral, which is a Llama but for them.
+        """
+        kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if self.experts:
+            kind = {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "num_local_experts": self.experts,
+                "num_experts_per_tok": self.chosen,
+                "sliding_window": None,
+            }
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **kind,
             "hidden_size": self.width,
             "intermediate_size": self.inner,
             "num_hidden_layers": self.layers,
@@ -145,11 +164,16 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(shape.width)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = RMSNorm(shape.width)
-        self.mlp = FeedForward(shape)
+        if shape.experts:
+            sizes = (shape.width, shape.inner, shape.experts, shape.chosen)
+            self.block_sparse_moe = SparseExperts(*sizes, shape.capacity)
+        else:
+            self.mlp = FeedForward(shape)
 
     def forward(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turns)
-        found: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        feed = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+        found: torch.Tensor = x + feed(self.post_attention_layernorm(x))
         return found
 
 
@@ -173,7 +197,7 @@ class Llama(nn.Module):
         # Normal, and narrower where a block adds to the stream (Radford et al. 2019, section 2.3).
         for name, weight in self.named_parameters():
             if weight.dim() > 1:
-                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
+                ends = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 nn.init.normal_(weight, std=0.02 / ((2 * shape.layers) ** 0.5 if ends else 1.0))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -130,6 +130,20 @@ class Run:
         )
 
 
+@contextmanager
+def strictly_repeatable() -> Iterator[None]:
+    """Inside, torch refuses what has no deterministic form on the device, where it otherwise warns.
+    For attention on CUDA this decides more: torch has both forms of its backward pass there, and
+    takes the deterministic one only when it may refuse.
+    """
+    was = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=was)
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))

@@ -151,6 +151,33 @@ class Packed:
         return pieces[:, :-1], pieces[:, 1:]
 
 
+def spread(tokens: np.ndarray[Any, Any], count: int, piece: int) -> np.ndarray[Any, Any]:
+    """At most ``count`` of ``tokens``, in pieces that lie evenly over all of them."""
+    if len(tokens) <= count:
+        return np.asarray(tokens)
+    piece = min(piece, count)
+    starts = np.linspace(0, len(tokens) - piece, count // piece).astype(np.int64)
+    return np.concatenate([tokens[start : start + piece] for start in starts])
+
+
+def windows(tokens: np.ndarray[Any, Any], length: int) -> Batch:
+    """``tokens`` as pieces of ``length`` that overlap by half, to judge a model by: each token but
+    the first is a target once, and all but the first ``length`` of them have at least half a piece
+    before them. Ids and targets, int64 [pieces, length]; what is no target is -100.
+    """
+    count, stride = len(tokens) - 1, max(1, length // 2)
+    pieces = 1 + max(0, -(-(count - length) // stride))
+    ids = torch.zeros((pieces, length), dtype=torch.int64)
+    targets = torch.full_like(ids, _IGNORED)
+    for number in range(pieces):
+        start = number * stride
+        found = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
+        known = length - stride if number else 0  # judged by the piece before
+        ids[number, : len(found) - 1] = found[:-1]
+        targets[number, known : len(found) - 1] = found[known + 1 :]
+    return ids, targets
+
+
 # Questions and answers
 
 
@@ -164,6 +191,16 @@ class Pair:
 
 def pairs(path: Path, limit: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Train and held out, from JSON lines with texts "prompt" and "answer". Raises DataError."""
+    train, held = json_lines(path, ("prompt", "answer"), limit)
+    return [Pair(*each) for each in train], [Pair(*each) for each in held]
+
+
+def json_lines(
+    path: Path, keys: tuple[str, ...], limit: int = 0
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The texts that at most ``limit`` lines (all for 0) have at ``keys``: to train on, and each
+    fortieth, which is held out. Raises DataError.
+    """
     found = []
     try:
         lines = path.read_bytes().splitlines()
@@ -171,11 +208,11 @@ def pairs(path: Path, limit: int = 0) -> tuple[list[Pair], list[Pair]]:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate(lines[: limit or None], 1):
         try:
-            match json_file.parse(line):
-                case {"prompt": str(prompt), "answer": str(answer)} if prompt and answer:
-                    found.append(Pair(prompt, answer))
-                case _:
-                    raise Malformed("has no texts prompt and answer")
+            body = json_file.parse(line)
+            values = [body.get(key) if isinstance(body, dict) else None for key in keys]
+            if not all(isinstance(value, str) and value for value in values):
+                raise Malformed(f"has no texts {' and '.join(keys)}")
+            found.append(tuple(map(str, values)))
         except Malformed as error:
             raise DataError(f"{path}: line {number} {error}") from None
     held = found[_HELD_EVERY - 1 :: _HELD_EVERY]
@@ -184,30 +221,57 @@ def pairs(path: Path, limit: int = 0) -> tuple[list[Pair], list[Pair]]:
     return [p for n, p in enumerate(found) if n % _HELD_EVERY != _HELD_EVERY - 1], held
 
 
+def named(spec: str, file: str) -> Path:
+    """The path ``spec``, or ``file`` in the folder of that name in edgekit's cache."""
+    path = Path(spec).expanduser()
+    if not path.exists() and spec.isidentifier():
+        path = _fs.home("cache") / "data" / spec / file
+    return path
+
+
+Chat = tuple[list[int], list[int]]
+
+
+def longest_first(found: Sequence[Chat]) -> list[Chat]:
+    """So ordered that the memory that the first chats need is enough for all."""
+    return sorted(found, key=lambda chat: -len(chat[0]) - len(chat[1]))
+
+
 class Answers:
-    """Chats of one question and one answer, padded to ``length``; what is no answer has the target
-    -100, so that the loss is on answers only (and on their ends).
+    """Chats of one question and one answer, as tokens, cut at ``length``; what is no answer has the
+    target -100, so that the loss is on answers only (and on their ends). A batch is as wide as its
+    longest chat.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chats: Sequence[Pair], length: int) -> None:
-        end = tokenizer.token_to_id(END)
-        asked = tokenizer.encode_batch(
-            [f"{USER}user\n{p.prompt}{TURN_END}\n{USER}assistant\n" for p in chats]
-        )
-        told = tokenizer.encode_batch([f"{p.answer}{TURN_END}" for p in chats])
-        self.ids = torch.full((len(chats), length + 1), end)
+    def __init__(self, chats: Sequence[Chat], length: int, pad: int) -> None:
+        self.ids = torch.full((len(chats), length + 1), pad)
         self.targets = torch.full((len(chats), length + 1), _IGNORED)
-        for row, (question, answer) in enumerate(zip(asked, told, strict=True)):
-            ids = [*question.ids, *answer.ids][: length + 1]
+        self.lengths = torch.empty(len(chats), dtype=torch.int64)
+        for row, (question, answer) in enumerate(chats):
+            ids = [*question, *answer][: length + 1]
             self.ids[row, : len(ids)] = torch.tensor(ids)
-            begin = len(question.ids)
+            begin = len(question)
             self.targets[row, begin : len(ids)] = torch.tensor(ids[begin:], dtype=torch.int64)
+            self.lengths[row] = len(ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, numbers: torch.Tensor) -> Batch:
-        return self.ids[numbers, :-1], self.targets[numbers, 1:]
+        # A process's share of a batch may be empty.
+        wide = int(self.lengths[numbers].max()) if len(numbers) else 2
+        return self.ids[numbers, : wide - 1], self.targets[numbers, 1:wide]
+
+
+def chats(tokenizer: Tokenizer, found: Sequence[Pair]) -> list[Chat]:
+    """The tokens of each question, up to where the answer begins, and of its answer with its end:
+    as CHAT_TEMPLATE writes them.
+    """
+    asked = tokenizer.encode_batch(
+        [f"{USER}user\n{p.prompt}{TURN_END}\n{USER}assistant\n" for p in found]
+    )
+    told = tokenizer.encode_batch([f"{p.answer}{TURN_END}" for p in found])
+    return [(one.ids, other.ids) for one, other in zip(asked, told, strict=True)]
 
 
 def terms(batch: Batch) -> torch.Tensor:

@@ -21,19 +21,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from edgekit import _fs
 from edgekit.errors import RecipeError
-from edgekit.training import checkpoint, deploy, texts
+from edgekit.training import checkpoint, deploy, language, texts
+from edgekit.training.experts import balances, unstacked
 from edgekit.training.kneser_ney import KneserNey
 from edgekit.training.llama import Llama, Shape
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
-from edgekit.training.run import Run
+from edgekit.training.run import Run, strictly_repeatable
 from edgekit.training.settings import Settings, setting
-from edgekit.training.trainer import Batch, Fitted, Task
+from edgekit.training.trainer import Batch, Fitted, Loss, Task
 
 # Name -> width, inner width, layers, heads, heads of keys and values, vocabulary.
 SIZES = {
@@ -55,10 +55,15 @@ class TinyLlamaSettings(Settings):
     pairs: str = setting("prose", "JSON lines with prompt and answer, or prose; empty: no tuning")
     length: int = setting(256, "tokens of a piece, and of a chat")
     n_ctx: int = setting(1024, "context that config.json promises")
-    held_tokens: int = setting(60_000, "tokens of held-out text to judge by")
-    tune_steps: int = setting(300, "steps of tuning")
+    held_tokens: int = setting(60_000, "most tokens of held-out text to judge by")
+    tune_steps: int = setting(400, "steps of tuning")
     tune_lr: float = setting(5e-4, "highest learning rate of tuning")
     ngram: bool = setting(True, "judge a 5-gram Kneser-Ney model too")
+    experts: int = setting(0, "feed-forward parts of a block, each as much smaller; 0: one")
+    chosen: int = setting(2, "of the experts, for each token")
+    capacity: float = setting(1.25, "most of its fair share that an expert takes in training")
+    balance: float = setting(0.01, "weight of the loss that keeps experts equally busy")
+    twin: bool = setting(True, "with experts: train the dense model with as much work a token too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +71,20 @@ class TinyLlamaSettings(Settings):
             raise RecipeError("length must be 2 or more, and n_ctx no less")
         if self.held_tokens < 2 or self.tune_steps < 1:
             raise RecipeError("held_tokens and tune_steps must be more")
+        if self.experts and not 0 < self.chosen <= self.experts:
+            raise RecipeError("chosen must be 1 to experts")
+        if self.experts < 0 or self.capacity <= 0 or self.balance < 0:
+            raise RecipeError("experts, capacity and balance must not be negative")
+        if self.experts and SIZES[self.size].inner % self.chosen:
+            raise RecipeError(
+                f"{SIZES[self.size].inner} channels cannot be shared by {self.chosen}"
+            )
 
 
 def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
     """Tokenize, pretrain, judge against n-grams, tune; write a Hugging Face folder."""
-    shape = SIZES[settings.size]
+    dense = SIZES[settings.size]
+    shape = _sparse(dense, settings) if settings.experts else dense
     found = texts.read(settings.text)
 
     def make_tokenizer(path: Path) -> None:
@@ -81,41 +95,22 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
     for name, blocks in (("train", found.train), ("held", found.held)):
         packed = run.once(f"{name}.tokens", partial(texts.pack, tokenizer, blocks))
         tokens[name] = texts.tokens_of(tokenizer, packed)
-    held = np.asarray(tokens["held"][: settings.held_tokens + 1])
+    held = texts.spread(tokens["held"], settings.held_tokens, 8 * settings.length)
     held_bytes = len(tokenizer.decode(held[1:].tolist(), skip_special_tokens=True).encode())
+    data = texts.Packed(tokens["train"], settings.length)
+    judge = judge_of(held, held_bytes, settings.length)
 
-    torch.manual_seed(settings.seed)
-    pretrain = Task(
-        "pretrain",
-        Llama(shape),
-        texts.Packed(tokens["train"], settings.length),
-        next_token_loss,
-        judge_of(held, held_bytes, settings.length),
-        texts.terms,
-        unit="tok",
-        units=settings.length,
-    )
-    pretrained = run.fit(pretrain, settings)
-    speed = mfu(pretrained, shape, settings, run.accelerator.device)
+    pretrained = _pretrained(run, settings, "pretrain", shape, data, judge)
     results = [
-        Result(
-            "tinyllama",
-            {
-                "parameters": float(sum(p.numel() for p in Llama(shape).parameters())),
-                **pretrained.figures,
-                "trained_tokens": float(pretrained.steps * settings.batch * settings.length),
-                "mfu": speed,
-            },
-        )
+        _result(run, settings, "sparse" if settings.experts else "tinyllama", shape, pretrained)
     ]
+    remarks = _remarks(settings, held, held_bytes)
+    twin = None
+    if settings.experts and settings.twin:
+        twin = _pretrained(run, settings, "dense", dense, data, judge)
+        results.append(_result(run, settings, "dense twin", dense, twin))
     if settings.ngram and run.main:
         results.append(judge_ngram(np.asarray(tokens["train"]), held, held_bytes, shape.vocab))
-    remarks = [
-        f"held out: {len(held) - 1:,} tokens, {held_bytes:,} bytes of {settings.text}, each token"
-        " judged once; the Llama sees at most one piece before it",
-        "mfu: operations of training (PaLM, appendix B) against the fastest matrix product that"
-        f" torch makes here in {settings.precision}",
-    ]
     tuned, figures = pretrained, None
     if settings.pairs:
         tuned, figures = tune(run, settings, shape, tokenizer, pretrained)
@@ -124,40 +119,106 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
             f" {figures[0]:.3f}, tuned {figures[1]:.3f}"
         )
 
-    def fill(folder: Path) -> None:
-        write_folder(folder, shape, settings.n_ctx, tokenizer, tuned.state)
+    def fill(which: Shape, state: dict[str, torch.Tensor], folder: Path) -> None:
+        write_folder(folder, which, settings.n_ctx, tokenizer, state)
 
     if settings.latency and run.main:
-        results[0].figures.update(deploy.gguf_figures(run, fill))
-    return run.finish(fill, results, remarks)
+        results[0].figures.update(deploy.gguf_figures(run, partial(fill, shape, tuned.state)))
+        if twin:
+            results[1].figures.update(deploy.gguf_figures(run, partial(fill, dense, twin.state)))
+    return run.finish(partial(fill, shape, tuned.state), results, remarks)
 
 
-def next_token_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the targets."""
-    ids, targets = batch
-    logits = model(ids).flatten(0, 1).float()
-    return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+def _sparse(dense: Shape, settings: TinyLlamaSettings) -> Shape:
+    """Experts so narrow that those of a token do together what the dense model does."""
+    return replace(
+        dense,
+        inner=dense.inner // settings.chosen,
+        experts=settings.experts,
+        chosen=settings.chosen,
+        capacity=settings.capacity,
+    )
+
+
+def _pretrained(
+    run: Run,
+    settings: TinyLlamaSettings,
+    name: str,
+    shape: Shape,
+    data: texts.Packed,
+    judge: Callable[[torch.nn.Module], dict[str, float]],
+) -> Fitted:
+    torch.manual_seed(settings.seed)
+    loss = loss_of(shape, settings.balance)
+    task = Task(name, Llama(shape), data, loss, judge, texts.terms, "tok", settings.length)
+    with strictly_repeatable():
+        return run.fit(task, settings)
+
+
+def loss_of(shape: Shape, balance: float) -> Loss:
+    """Cross-entropy, and with experts for each target ``balance`` times the loss of their routers
+    (Fedus et al. 2022, Switch Transformers, section 2.2, equation 4, averaged over the layers).
+    """
+    if not shape.experts:
+        return language.loss
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        found = language.loss(model, batch)
+        if not model.training:
+            return found
+        return found + balance * texts.terms(batch) * balances(model) / shape.layers
+
+    return loss
+
+
+def _result(
+    run: Run, settings: TinyLlamaSettings, name: str, shape: Shape, fitted: Fitted
+) -> Result:
+    parameters = float(sum(each.numel() for each in Llama(shape).parameters()))
+    figures = {"parameters": parameters}
+    if settings.experts:
+        figures["active_parameters"] = float(shape.matrices)
+        figures["training_bytes"] = 16 * parameters
+    figures |= fitted.figures
+    figures["trained_tokens"] = float(fitted.steps * settings.batch * settings.length)
+    figures["training_tok_s"] = fitted.per_s
+    figures["mfu"] = mfu(fitted, shape, settings, run.accelerator.device)
+    return Result(name, figures)
+
+
+def _remarks(settings: TinyLlamaSettings, held: np.ndarray[Any, Any], held_bytes: int) -> list[str]:
+    found = [
+        f"held out: {len(held) - 1:,} tokens, {held_bytes:,} bytes of {settings.text}, each token"
+        f" judged once; the Llama sees {settings.length // 2} to {settings.length} tokens before"
+        " it, fewer at the very beginning",
+        "mfu: operations of training (PaLM, appendix B) against the fastest matrix product that"
+        f" torch makes here in {settings.precision}; the time has the evaluations in it",
+    ]
+    if settings.experts:
+        found.append(
+            f"sparse: {settings.experts} experts a block, {settings.chosen} for each token, each"
+            f" 1/{settings.chosen} as wide as the twin's feed-forward part; training_bytes:"
+            " weights, gradients and AdamW's two values, 16 bytes a weight"
+        )
+    return found
 
 
 def judge_of(
     held: np.ndarray[Any, Any], held_bytes: int, length: int
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """A function that gives nats a token and bits a byte on ``held``, each token judged once."""
+    ids, targets = texts.windows(held, length)
 
     def judge(model: torch.nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
-        total, count = 0.0, len(held) - 1
-        whole = count // length * length
-        pieces = [held[: whole + 1]] if whole else []
-        for tokens in [*pieces, held[whole:]]:
-            if len(tokens) < 2:
-                continue
-            wide = min(length, len(tokens) - 1)
-            data = texts.Packed(tokens, wide)
-            for numbers in torch.arange(len(data)).split(16):
-                ids, targets = (each.to(device) for each in data.batch(numbers))
-                total += next_token_loss(model, (ids, targets)).item()
-        return {"loss": total / count, "bits_per_byte": total / math.log(2) / held_bytes}
+        total = 0.0
+        for numbers in torch.arange(len(ids)).split(16):
+            batch = (ids[numbers].to(device), targets[numbers].to(device))
+            total += language.loss(model, batch).item()
+        return {
+            "loss": total / (len(held) - 1),
+            "bits_per_byte": total / math.log(2) / held_bytes,
+        }
 
     return judge
 
@@ -182,36 +243,26 @@ def tune(
     run: Run, settings: TinyLlamaSettings, shape: Shape, tokenizer: Tokenizer, start: Fitted
 ) -> tuple[Fitted, tuple[float, float]]:
     """Go on from ``start`` with answers only; the loss on held-out answers before and after too."""
-    path = Path(settings.pairs).expanduser()
-    if not path.exists() and settings.pairs.isidentifier():
-        path = _fs.home("cache") / "data" / settings.pairs / "definitions.jsonl"
-    train, held = texts.pairs(path)
-    held_answers = texts.Answers(tokenizer, held[:400], settings.length)
-
-    def judge(model: torch.nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
-        total, count = 0.0, 0
-        for numbers in torch.arange(len(held_answers)).split(32):
-            ids, targets = (each.to(device) for each in held_answers.batch(numbers))
-            total += float(next_token_loss(model, (ids, targets)))
-            count += int(texts.terms((ids, targets)))
-        return {"loss": total / count}
-
+    train, held = texts.pairs(texts.named(settings.pairs, "definitions.jsonl"))
+    pad = tokenizer.get_vocab()[texts.END]
+    answers, held_answers = (
+        texts.Answers(texts.longest_first(texts.chats(tokenizer, chosen)), settings.length, pad)
+        for chosen in (train, held[:400])
+    )
+    judge = language.judge_answers(held_answers)
     model = Llama(shape)
     # Every process needs the weights, and only the main one has them where they were sharded.
     weights = run.once("pretrained.safetensors", lambda p: checkpoint.write(p, start.state))
     model.load_state_dict(checkpoint.read(weights)[0])
     with torch.no_grad():
         before = judge(model.eval())["loss"]
-    tuned = run.fit(
-        Task(
-            *("tune", model, texts.Answers(tokenizer, train, settings.length)),
-            *(next_token_loss, judge, texts.terms),
-            unit="tok",
-            units=settings.length,
-        ),
-        replace(settings, steps=settings.tune_steps, lr=settings.tune_lr, schedule="cosine"),
-    )
+    loss = loss_of(shape, settings.balance)
+    task = Task("tune", model, answers, loss, judge, texts.terms, unit="answers")
+    with strictly_repeatable():
+        tuned = run.fit(
+            task,
+            replace(settings, steps=settings.tune_steps, lr=settings.tune_lr, schedule="cosine"),
+        )
     return tuned, (before, tuned.figures["loss"])
 
 
@@ -226,7 +277,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Operations per second of the fastest of five matrix products, in the run's precision."""
     side = 8192 if device.type == "cuda" else 1024
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    one = torch.ones(side, side, dtype=kind, device=device)
+    # Not ones: chips that watch their power are faster at those.
+    one = torch.randn(side, side, device=device).to(kind)
     best_s = math.inf
     for _ in range(5):
         begun_s = time.perf_counter()
@@ -263,21 +315,23 @@ def write_folder(
     ):
         _fs.write_atomic(folder / name, (json.dumps(body, indent=1) + "\n").encode())
     _fs.write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    checkpoint.write(folder / "model.safetensors", state)
+    checkpoint.write(folder / "model.safetensors", unstacked(state))
 
 
+# For a quarter of an hour on two cores, which is less than one pass: small batches and a high rate
+# make most of few tokens.
 RECIPE = Recipe(
     "tinyllama",
     TinyLlamaSettings(
-        steps=900,
-        batch=16,
-        lr=3e-3,
-        min_lr=0.1,
+        steps=1600,
+        batch=8,
+        lr=4e-3,
+        min_lr=0.02,
         schedule="wsd",
-        decay=0.3,
-        warmup=0.05,
+        decay=0.4,
+        warmup=0.03,
         weight_decay=0.1,
-        eval_every=300,
+        eval_every=800,
         checkpoint_every=100,
         precision="bf16",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,37 @@ def test_the_exported_model_chats(run: Path, tmp_path: Path) -> None:
     assert answer.strip() and "<|im_" not in answer
 
 
+def test_experts_are_a_mixtral_beside_their_dense_twin(tmp_path: Path, data: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "sparse"
+    pairs = [f"text={data / 'docs.txt'}", "pairs=", "size=toy", "length=64", "steps=30", "batch=8"]
+    pairs += ["held_tokens=2000", "n_ctx=128", "latency=no", "threads=1", "lr=1e-2", "ngram=no"]
+    body = train("tinyllama", [*pairs, "experts=4"], out, resume=False, say=lambda status: None)
+    sparse, twin = (row["figures"] for row in body["results"])
+    assert [row["name"] for row in body["results"]] == ["sparse", "dense twin"]
+    # As much work a token, but for the router; four halves of the feed-forward part for one whole.
+    assert sparse["active_parameters"] - twin["active_parameters"] == 2 * 64 * 4
+    assert sparse["parameters"] - twin["parameters"] == 2 * (3 * 64 * 128 + 64 * 4)
+    assert sparse["training_bytes"] == 16 * sparse["parameters"]
+    assert 1 < sparse["bits_per_byte"] < 5 and sparse["bits_per_byte"] != twin["bits_per_byte"]
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "MixtralForCausalLM"
+    state, _ = checkpoint.read(out / "model.safetensors")
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    stacked: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(state):
+        parent, _, rest = name.partition(".experts.")
+        if rest:
+            stacked.setdefault(f"{parent}.{names[rest.split('.')[1]]}", []).append(state.pop(name))
+    shape = replace(tinyllama.SIZES["toy"], inner=64, experts=4)
+    ours = Llama(shape).eval()
+    ours.load_state_dict(state | {name: torch.stack(each) for name, each in stacked.items()})
+    ids = torch.arange(2 * 50).reshape(2, 50) % 512
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-3, atol=1e-4)
+
+
 # The parts
 
 
@@ -141,13 +173,39 @@ def test_every_token_but_the_first_is_predicted_once() -> None:
 
 
 def test_the_loss_is_on_answers_and_their_ends_alone(tokenizer: Any) -> None:
-    answers = texts.Answers(tokenizer, [texts.Pair("Who?", "Nobody.")], 64)
+    chats = texts.chats(tokenizer, [texts.Pair("Who?", "Nobody.")])
+    answers = texts.Answers(chats, 64, tokenizer.token_to_id(texts.END))
     ids, targets = answers.batch(torch.tensor([0]))
     learned = targets[targets != -100].tolist()
     assert tokenizer.decode(learned, skip_special_tokens=False) == f"Nobody.{texts.TURN_END}"
     begin = int((targets[0] != -100).nonzero()[0])
     asked = tokenizer.decode(ids[0, : begin + 1].tolist(), skip_special_tokens=False)
     assert asked.endswith("assistant\n") and int(texts.terms((ids, targets))) == len(learned)
+
+
+def test_a_batch_is_as_wide_as_its_longest_chat() -> None:
+    chats = [([1] * asked, [2] * told) for asked, told in ((2, 1), (3, 9), (1, 4), (40, 40))]
+    answers = texts.Answers(texts.longest_first(chats), 20, pad=0)
+    widths = [answers.batch(torch.tensor([n]))[0].shape[1] for n in range(4)]
+    assert widths == [20, 11, 4, 2]  # one token less: the last one is only a target
+    ids, targets = answers.batch(torch.tensor([3, 1]))
+    assert ids.shape == targets.shape == (2, 11)
+    assert ids[0].tolist() == [1, 1] + [2] + [0] * 8 and (targets[1] == 2).sum() == 9
+
+
+@pytest.mark.parametrize(
+    ("count", "length"), [(100, 16), (64, 16), (16, 16), (17, 16), (5, 16), (40, 7)]
+)
+def test_windows_make_each_token_a_target_once_with_half_a_piece_before_it(
+    count: int, length: int
+) -> None:
+    tokens = np.arange(count + 1)
+    ids, targets = texts.windows(tokens, length)
+    rows, places = (targets != -100).nonzero(as_tuple=True)
+    assert targets[rows, places].tolist() == list(range(1, count + 1))
+    assert torch.equal(ids[rows, places] + 1, targets[rows, places])
+    before = places + 1
+    assert bool(((before > length - length // 2) | (rows == 0)).all())
 
 
 def test_judging_weighs_each_held_out_token_once() -> None:
