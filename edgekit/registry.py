@@ -151,6 +151,7 @@ GGUF_FAMILIES = Shelf(
     "edgekit.gguf_families",
     {
         "llama": "edgekit.exporters.arch.llama:Llama",
+        "mixtral": "edgekit.exporters.arch.mixtral:Mixtral",
         "phi": "edgekit.exporters.arch.phi:Phi",
         "phi3": "edgekit.exporters.arch.phi3:Phi3",
         "qwen2": "edgekit.exporters.arch.qwen2:Qwen2",

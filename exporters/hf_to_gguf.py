@@ -44,12 +44,14 @@ _NUMBER = re.compile(r"(\d+)")
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the new file: rows from the source, or an array that the family made."""
+    """One tensor of the new file: rows from the source (of several tensors, one after the other,
+    where they are stacked), or an array that the family made.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    weight: Weight | None
+    weights: tuple[Weight, ...]
     placement: Placement | None
     made: NDArray[np.float32] | None = None
 
@@ -145,19 +147,39 @@ def _tensors(family: Family, weights: dict[str, Weight], dtype: str) -> list[_Te
     """All tensors in the order of the file: by block, then by name, however they were sharded."""
     found: dict[str, _Tensor] = {}
     for name, made in family.extra_tensors().items():
-        found[name] = _Tensor(name, "F32", made.shape, None, None, made)
+        found[name] = _Tensor(name, "F32", made.shape, (), None, made)
+    stacks: dict[str, dict[int, tuple[Weight, Placement]]] = {}
     for weight in weights.values():
         placement = family.place(weight.name, weight.shape)
         if placement is None:
             continue
         name, shape = placement.name, placement.shape or weight.shape
+        if placement.stack:
+            stacks.setdefault(name, {})[placement.stack[0]] = (weight, placement)
+            continue
         if name in found:
             raise SourceError(f"two tensors of the source become '{name}'")
         kept = "F32" if _always_float32(name, shape) else dtype
         kept = weight.dtype if kept == "native" else kept
-        found[name] = _Tensor(name, kept, shape, weight, placement)
+        found[name] = _Tensor(name, kept, shape, (weight,), placement)
+    for name, parts in stacks.items():
+        found[name] = _stacked(name, parts, dtype)
     _check_complete(family, found)
     return sorted(found.values(), key=lambda tensor: _natural(tensor.name))
+
+
+def _stacked(name: str, parts: dict[int, tuple[Weight, Placement]], dtype: str) -> _Tensor:
+    """The parts of a tensor in order. Raises SourceError unless they are all there, and alike."""
+    first, placement = parts[min(parts)]
+    count = placement.stack[1] if placement.stack else 0
+    if missing := sorted(set(range(count)) - set(parts)):
+        raise SourceError(f"the weights are incomplete: part {missing[0]} of '{name}' is missing")
+    weights = tuple(parts[index][0] for index in range(count))
+    for weight in weights:
+        if (weight.shape, weight.dtype) != (first.shape, first.dtype):
+            raise SourceError(f"'{weight.name}' and '{first.name}' differ in shape or type")
+    kept = first.dtype if dtype == "native" else dtype
+    return _Tensor(name, kept, (count, *first.shape), weights, placement)
 
 
 def _always_float32(name: str, shape: tuple[int, ...]) -> bool:
@@ -227,8 +249,13 @@ def _bits(tensor: _Tensor, patch: Patch | None) -> Iterator[NDArray[Any]]:
     if tensor.made is not None:
         yield np.ascontiguousarray(tensor.made)
         return
-    assert tensor.weight is not None and tensor.placement is not None
-    weight, change = tensor.weight, tensor.placement.change
+    for weight in tensor.weights:
+        yield from _bits_of(weight, tensor, patch)
+
+
+def _bits_of(weight: Weight, tensor: _Tensor, patch: Patch | None) -> Iterator[NDArray[Any]]:
+    assert tensor.placement is not None
+    change = tensor.placement.change
     together = 0 if patch else tensor.placement.rows_together
     for block in hf_weights.blocks(weight, together):
         if change is None and patch is None and weight.dtype == tensor.dtype:

@@ -135,6 +135,10 @@ class Adapter:
             placement = family.place(weight.name, weight.shape)
             if placement is None:
                 raise SourceError(f"the adapter changes '{pair.module}', which GGUF does not keep")
+            if placement.stack:
+                raise UnsupportedModelError(
+                    f"the adapter changes '{pair.module}', one of several experts", hint=MERGE_HINT
+                )
             if pair.transposed != (placement.shape is not None):
                 raise SourceError(
                     f"{CONFIG} says fan_in_fan_out={str(pair.transposed).lower()}, but the model"

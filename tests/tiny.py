@@ -51,6 +51,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
         ),
     ),
+    "mixtral": (
+        "Mixtral",
+        "gpt2",
+        _shape(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
     "qwen2": ("Qwen2", "qwen2", _shape(tie_word_embeddings=True, rope_theta=1e6)),
     "qwen3": ("Qwen3", "qwen2", _shape(head_dim=32)),
     "phi": (

@@ -39,7 +39,7 @@ from edgekit.training.trainer import Batch, Fitted, Loss, Task
 SIZES = {
     "toy": Shape(64, 128, 2, 4, 2, 512),
     "1m": Shape(128, 384, 4, 4, 2, 2048),
-    "5m": Shape(256, 768, 6, 8, 4, 4096),
+    "5m": Shape(256, 768, 5, 8, 4, 4096),
     "15m": Shape(384, 1024, 8, 6, 2, 8192),
     "110m": Shape(768, 2048, 12, 12, 4, 32000),
     "1.1b": Shape(2048, 5632, 22, 32, 4, 32000),
@@ -56,7 +56,7 @@ class TinyLlamaSettings(Settings):
     length: int = setting(256, "tokens of a piece, and of a chat")
     n_ctx: int = setting(1024, "context that config.json promises")
     held_tokens: int = setting(60_000, "most tokens of held-out text to judge by")
-    tune_steps: int = setting(400, "steps of tuning")
+    tune_steps: int = setting(300, "steps of tuning")
     tune_lr: float = setting(5e-4, "highest learning rate of tuning")
     ngram: bool = setting(True, "judge a 5-gram Kneser-Ney model too")
     experts: int = setting(0, "feed-forward parts of a block, each as much smaller; 0: one")
@@ -323,7 +323,7 @@ def write_folder(
 RECIPE = Recipe(
     "tinyllama",
     TinyLlamaSettings(
-        steps=1600,
+        steps=1500,
         batch=8,
         lr=4e-3,
         min_lr=0.02,
@@ -331,7 +331,7 @@ RECIPE = Recipe(
         decay=0.4,
         warmup=0.03,
         weight_decay=0.1,
-        eval_every=800,
+        eval_every=750,
         checkpoint_every=100,
         precision="bf16",
     ),

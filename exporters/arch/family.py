@@ -32,12 +32,15 @@ class Placement:
 
     ``change`` maps float32 rows to float32 rows and gets ``rows_together`` rows (or a multiple) at
     a time; 0 means the whole tensor. ``shape`` is what it makes of the source's shape, if not that.
+    ``stack`` is (index, count) of a tensor that is one of ``count`` alike, which the file has as
+    one, along a new first axis.
     """
 
     name: str
     change: Callable[[Array], Array] | None = None
     rows_together: int = 1
     shape: tuple[int, ...] | None = None
+    stack: tuple[int, int] | None = None
 
 
 class Family:
