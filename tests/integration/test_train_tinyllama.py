@@ -53,8 +53,11 @@ def test_a_run_ends_in_a_hugging_face_folder_and_a_report_against_n_grams(run: P
     source = edgekit.source(run)
     assert (source.kind, source.family) == ("hf", "llama")
     body = json.loads((run / "training.json").read_text())
-    llama, ngram = (row["figures"] for row in body["results"])
-    assert body["results"][1]["name"] == "5-gram Kneser-Ney"
+    llama, ngram, fair = (row["figures"] for row in body["results"])
+    names = [row["name"] for row in body["results"]]
+    assert names[1:] == ["5-gram Kneser-Ney", "5-gram Kneser-Ney, as many tokens"]
+    assert fair["trained_tokens"] <= llama["trained_tokens"] < ngram["trained_tokens"]
+    assert fair["bits_per_byte"] > ngram["bits_per_byte"]
     # A byte of English has some 2 bits for an n-gram of a small text, and 8 for who knows nothing.
     assert 1 < ngram["bits_per_byte"] < 5 and 1 < llama["bits_per_byte"] < 5
     assert 0 < llama["mfu"] < 1.5
@@ -191,6 +194,14 @@ def test_a_batch_is_as_wide_as_its_longest_chat() -> None:
     ids, targets = answers.batch(torch.tensor([3, 1]))
     assert ids.shape == targets.shape == (2, 11)
     assert ids[0].tolist() == [1, 1] + [2] + [0] * 8 and (targets[1] == 2).sum() == 9
+
+
+def test_tokens_that_are_spread_lie_all_over_the_text() -> None:
+    tokens = np.arange(1000)
+    assert np.array_equal(texts.spread(tokens, 2000, 100), tokens)
+    found = texts.spread(tokens, 250, 50)
+    assert len(found) == 250 and found[0] == 0 and found[-1] == 999
+    assert (np.diff(found) == 1).sum() == 245  # five pieces, each whole
 
 
 @pytest.mark.parametrize(
