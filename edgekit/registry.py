@@ -168,6 +168,9 @@ RECIPES = Shelf(
     "training recipe",
     "edgekit.recipes",
     {
+        "distill-lm": "edgekit.training.distill_lm:RECIPE",
+        "finetune": "edgekit.training.finetune:RECIPE",
+        "finetune-vit": "edgekit.training.finetune_vit:RECIPE",
         "minimal": "edgekit.training.minimal:RECIPE",
         "tinyllama": "edgekit.training.tinyllama:RECIPE",
         "diffusion": "edgekit.training.diffusion:RECIPE",
@@ -176,6 +179,7 @@ RECIPES = Shelf(
         "vit-qat": "edgekit.training.vit_qat:RECIPE",
     },
     extra="train",
+    extras={"finetune": "finetune", "finetune-vit": "finetune"},
 )
 
 # Who builds the network of a run's folder (network_folder.py) from its config.
@@ -187,6 +191,7 @@ NETWORKS = Shelf(
         "diffusion": "edgekit.training.diffusion:build",
         "video": "edgekit.training.video:build",
         "vit-qat": "edgekit.training.vit_qat:build",
+        "vit-adapters": "edgekit.training.finetune_vit:build",
     },
     extra="train",
 )

@@ -19,6 +19,15 @@ class Entry:
 
 
 CATALOGUE = {
+    "distill-lm": Entry(
+        "A language model cut down to fewer, narrower layers and taught by the whole one."
+    ),
+    "finetune": Entry(
+        "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences."
+    ),
+    "finetune-vit": Entry(
+        "A vision transformer taught anew from 1,000 images: five methods side by side."
+    ),
     "minimal": Entry(
         "Smallest image classifier by constraint: shifts and 1x1 convolutions only.",
         "91.86% on Fashion-MNIST, 99.50% on 2,000 digits of MNIST, 96,490 parameters",

@@ -35,8 +35,11 @@ def killed_at_random_points(folder: Path, kills: int, recipe: str, *pairs: str) 
     found = forks("kill", folder, kills, 11, recipe, *pairs)
     whole, cut = folder / "whole", folder / "cut"
     assert found["ends"].count(-9) == kills
-    names = sorted(path.name for path in whole.iterdir())
-    assert sorted(path.name for path in cut.iterdir()) == names
+    names, others = (
+        sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+        for run in (whole, cut)
+    )
+    assert names == others
     for name in names:
         if name.endswith(".safetensors"):
             assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
@@ -44,7 +47,8 @@ def killed_at_random_points(folder: Path, kills: int, recipe: str, *pairs: str) 
             assert curve(whole / name) == curve(cut / name), name
     results = [json.loads((run / "training.json").read_text())["results"] for run in (whole, cut)]
     for row in (*results[0], *results[1]):
-        row["figures"].pop("mfu", None)  # a speed
+        for speed in ("mfu", "training_tok_s"):
+            row["figures"].pop(speed, None)
     assert results[0] == results[1]
     left = {path.name for path in folder.iterdir()}
     assert not any(name.endswith((".training", ".partial")) for name in left)
@@ -67,16 +71,66 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     killed_at_random_points(tmp_path, 20, "minimal", *pairs, "steps=600")
 
 
-@pytest.mark.slow
-def test_three_kills_in_any_phase_of_tinyllama_change_nothing(tmp_path: Path) -> None:
+def toy_tinyllama(folder: Path) -> list[str]:
     text = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
-    (tmp_path / "docs.txt").write_text(text)
-    lines = [json.dumps({"prompt": f"What is {n}?", "answer": f"{n} is {n}."}) for n in range(80)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    data = (f"text={tmp_path / 'docs.txt'}", f"pairs={tmp_path / 'pairs.jsonl'}", "size=toy")
+    (folder / "docs.txt").write_text(text)
+    lines = [
+        {"prompt": f"What is {n}?", "answer": f"{n} is {n}.", "chosen": f"{n}.", "rejected": "No."}
+        for n in range(80)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = (f"text={folder / 'docs.txt'}", f"pairs={folder / 'pairs.jsonl'}", "size=toy")
     more = ("length=64", "n_ctx=64", "steps=80", "tune_steps=40", "held_tokens=2000")
     last = ("checkpoint_every=9", "latency=no", "precision=fp32", "threads=1", "eval_every=40")
-    killed_at_random_points(tmp_path, 3, "tinyllama", *data, *more, *last)
+    return [*data, *more, *last]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [0, 4])
+def test_three_kills_in_any_phase_of_tinyllama_change_nothing(tmp_path: Path, experts: int) -> None:
+    pairs = [*toy_tinyllama(tmp_path), f"experts={experts}"]
+    killed_at_random_points(tmp_path, 3, "tinyllama", *pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "teach"), [("qlora", "answers"), ("lora", "preferences"), ("full", "answers")]
+)
+def test_kills_change_nothing_in_a_model_that_is_taught_anew(
+    tmp_path: Path, method: str, teach: str
+) -> None:
+    base = train_tinyllama(tmp_path)
+    pairs = (f"model={base}", f"data={tmp_path / 'pairs.jsonl'}", f"method={method}")
+    more = (f"teach={teach}", "steps=60", "lr=1e-2", "checkpoint_every=7", "threads=1")
+    killed_at_random_points(tmp_path, 3, "finetune", *pairs, *more, "latency=no", "ema=0.9")
+
+
+def train_tinyllama(folder: Path) -> Path:
+    """The toy, trained in a process of its own: this one must not compute before it forks."""
+    pairs = [f"--set={pair}" for pair in [*toy_tinyllama(folder), "steps=20", "pairs="]]
+    given = {pair.partition("=")[2].partition("=")[0]: pair for pair in pairs}
+    base = folder / "model" / "base"
+    command = [sys.executable, "-m", "edgekit", "train", "tinyllama", *given.values()]
+    subprocess.run([*command, "--out", str(base)], check=True, capture_output=True, timeout=280)
+    return base
+
+
+@pytest.mark.slow
+def test_kills_change_nothing_in_a_student(tmp_path: Path) -> None:
+    base = train_tinyllama(tmp_path)
+    pairs = (f"model={base}", f"text={tmp_path / 'docs.txt'}", "layers=0.5", "inner=0.5")
+    more = ("length=64", "steps=40", "batch=8", "lr=3e-3", "held_tokens=1000", "threads=1")
+    last = ("checkpoint_every=7", "latency=no", "precision=fp32")
+    killed_at_random_points(tmp_path, 3, "distill-lm", *pairs, *more, *last)
+
+
+@pytest.mark.slow
+def test_kills_change_nothing_in_a_vision_transformer_s_many_runs(tmp_path: Path) -> None:
+    pictures = picture_folder(tmp_path / "pictures", each=40)
+    data = (f"data={pictures}", f"start_data={pictures}", "start_steps=30", "width=32", "layers=2")
+    more = ("patch=8", "examples=48", "seeds=1", "rates=1e-3,1e-2", "steps=20", "batch=16")
+    last = ("threads=1", "latency=no", "checkpoint_every=7")
+    killed_at_random_points(tmp_path, 3, "finetune-vit", *data, *more, *last)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ DOORS = {
 LAZY = ("numpy", "torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "transformers")
 LAZY += ("ai_edge_litert", "litert_torch")
 # What the files of training/ may import at load time: they are loaded by name, and no one else's.
-TRAINS = {"torch", "accelerate", "safetensors", "numpy", "tokenizers", "transformers"}
+TRAINS = {"torch", "accelerate", "safetensors", "numpy", "tokenizers", "transformers", "peft"}
 RUNS_CODE = (
     "pickle",
     "cPickle",

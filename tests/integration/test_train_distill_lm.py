@@ -1,0 +1,109 @@
+"""The recipe distill-lm: what is cut, what is learned from, and a toy run that ends in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import edgekit
+from edgekit.errors import RecipeError
+from edgekit.training import distill_lm, pretrained
+from edgekit.training.recipe import train
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "docs.txt"
+    path.write_text("\n".join(page.read_text() for page in sorted(DOCS.glob("*.md"))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("models") / "teacher"
+    pairs = [f"text={text}", "pairs=", "size=toy", "length=64", "steps=60", "batch=16", "lr=1e-2"]
+    pairs += ["held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "ngram=no"]
+    train("tinyllama", pairs, out, resume=False, say=lambda status: None)
+    return out
+
+
+def opened(folder: Path) -> Any:
+    return pretrained.model(edgekit.source(folder), "AutoModelForCausalLM", eager=True).eval()
+
+
+def test_layers_stay_evenly_with_the_first_and_the_last() -> None:
+    assert distill_lm.kept_layers(30, 0.3) == [0, 4, 7, 11, 14, 18, 22, 25, 29]
+    assert distill_lm.kept_layers(4, 1.0) == [0, 1, 2, 3]
+    assert distill_lm.kept_layers(4, 0.01) == [0]
+
+
+def test_a_student_of_everything_is_the_teacher(teacher: Path) -> None:
+    whole = opened(teacher)
+    same = distill_lm.cut(whole, [0, 1], 1.0).eval()
+    ids = torch.arange(80).reshape(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(same(ids).logits, whole(ids).logits)
+
+
+def test_channels_that_count_for_nothing_go_first(teacher: Path) -> None:
+    whole = opened(teacher)
+    dead = torch.arange(0, 128, 2)
+    with torch.no_grad():
+        for layer in whole.model.layers:
+            layer.mlp.down_proj.weight[:, dead] = 0
+    half = distill_lm.cut(whole, [0, 1], 0.5).eval()
+    assert half.config.intermediate_size == 64
+    ids = torch.arange(80).reshape(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(half(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_text(teacher: Path) -> None:
+    whole = opened(teacher)
+    settings = distill_lm.DistillLmSettings(hard=0.0)
+    loss = distill_lm.loss_of(whole, [0, 1], settings)
+    ids = torch.arange(80).reshape(2, 40)
+    same = distill_lm.cut(whole, [0, 1], 1.0)
+    assert loss(same, (ids, ids)).item() == pytest.approx(0, abs=1e-3)
+    other = distill_lm.cut(whole, [1], 1.0)
+    assert distill_lm.loss_of(whole, [1], settings)(other, (ids, ids)).item() > 1
+
+
+def test_the_teacher_s_distribution_at_a_temperature() -> None:
+    torch.manual_seed(0)
+    mine, theirs = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    p, q = (theirs / 2).softmax(-1), (mine / 2).softmax(-1)
+    expected = 4 * (p * (p / q).log()).sum()
+    assert distill_lm.soft_loss(mine, theirs, 2.0).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+def test_a_run_ends_in_a_smaller_folder_and_a_table(
+    teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    pairs = [f"model={teacher}", f"text={text}", "layers=0.5", "inner=0.5", "length=64"]
+    pairs += ["steps=40", "batch=16", "lr=3e-3", "held_tokens=1000", "latency=no", "threads=1"]
+    out = tmp_path / "student"
+    body = train("distill-lm", [*pairs, "precision=fp32"], out, resume=False, say=lambda s: None)
+    found = {row["name"]: row["figures"] for row in body["results"]}
+    assert list(found) == ["taught", "untaught", "cut", "teacher"]
+    assert found["taught"]["parameters"] < 0.7 * found["teacher"]["parameters"]
+    losses = {name: figures["loss"] for name, figures in found.items()}
+    assert losses["teacher"] < losses["taught"] < losses["cut"]
+    assert losses["untaught"] < losses["cut"]
+    assert any("the teacher gives back" in remark for remark in body["remarks"])
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    again = opened(out)
+    assert sum(each.numel() for each in again.parameters()) == found["taught"]["parameters"]
+
+
+def test_shares_beyond_one_are_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="shares above 0"):
+        train("distill-lm", ["layers=1.5"], tmp_path / "x", resume=False, say=lambda s: None)
