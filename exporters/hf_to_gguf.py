@@ -183,9 +183,12 @@ def _stacked(name: str, parts: dict[int, tuple[Weight, Placement]], dtype: str) 
 
 
 def _always_float32(name: str, shape: tuple[int, ...]) -> bool:
-    """Vectors, norms and the table of positions: llama.cpp's operators take them as F32 only."""
+    """Vectors, norms and the table of positions: llama.cpp's operators take them as F32 only; and
+    the router of experts, which is small and decides much, as llama.cpp's own conversion has it.
+    """
     return (
         len(shape) == 1
+        or name.endswith(".ffn_gate_inp.weight")
         or name.endswith("_norm.weight")
         or not name.endswith(".weight")
         or name == "position_embd.weight"
