@@ -5,18 +5,15 @@ Must never parse a model before edgekit's own reader has, nor print what the eng
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import onnxruntime
 
 from edgekit import _fs, language_model, preprocess
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats import onnx
 from edgekit.preprocess import Preprocessing
 from edgekit.runtime import LoadParams, TensorSpec
-from edgekit.runtimes import first_load, graph_threads, ort_lm
+from edgekit.runtimes import first_load, graph_threads, ort_lm, ort_start
 from edgekit.runtimes.ort_bencher import OrtBencher
 from edgekit.runtimes.ort_towers import TwoEncoders
 from edgekit.runtimes.tensor_session import PreparedSession, check_params
@@ -31,10 +28,6 @@ _DTYPES = {
     "bool": "bool",
     "string": "str",
 } | {f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-_ERRORS_ONLY = 4  # of the log: 3 would print what the errors say already
-# The engine's own fusion of a residual's addition into the layer norm: its kernel takes several
-# times as long as the two operators (docs/onnx.md, Fusion).
-_SLOW_FUSIONS = ["SkipLayerNormFusion"]
 
 
 class OrtRuntime:
@@ -62,16 +55,18 @@ class OrtRuntime:
 
     def _load(self, path: Path, params: LoadParams, steps: Preprocessing) -> OrtSession:
         header = onnx.read(path)
+        files = [path, *(path.parent / name for name in header.beside)]
+        kept = ort_start.key(files)
         first_load.pass_once(
-            [path, *(path.parent / name for name in header.beside)],
+            files,
             "edgekit.runtimes.ort:attempt",
-            {"path": str(path.absolute())},
-            _engine(),
+            {"path": str(path.absolute()), "kept": kept},
+            ort_start.engine(),
         )
         threads = params.n_threads or graph_threads.fastest(
-            header, _engine(), lambda count: _trial(path, count)
+            header, ort_start.engine(), lambda count: _trial(path, count, kept)
         )
-        return OrtSession(path, threads, steps)
+        return OrtSession(path, threads, steps, kept)
 
     def bencher(
         self,
@@ -108,43 +103,13 @@ class OrtRuntime:
         return ort_lm.scorer(path, n_ctx=n_ctx, threads=threads)
 
 
-def attempt(path: str) -> None:
-    """In the child: load, and run once where the inputs can be made up."""
-    _started(Path(path), 1)
+def attempt(path: str, kept: str) -> None:
+    """In the child: load, and keep what the optimizer made for the parent and for later loads."""
+    ort_start.started(Path(path), 1, kept)
 
 
-def _engine() -> str:
-    return f"onnxruntime {version('onnxruntime')}"
-
-
-def _started(path: Path, threads: int) -> Any:
-    """An engine's session. Raises LoadError."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
-    try:
-        return onnxruntime.InferenceSession(
-            str(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=_SLOW_FUSIONS,
-        )
-    except Exception as error:  # the engine's own kinds, which have no common base
-        raise LoadError(
-            f"ONNX Runtime refuses {path}: {_reason(error)}",
-            hint="export the model again, or with a newer onnxruntime",
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """The engine's words in one line, without its numbers."""
-    text = " ".join(str(error).split())
-    return text.rpartition(" : ")[2][:300] or type(error).__name__
-
-
-def _trial(path: Path, threads: int) -> float | None:
-    session = _started(path, threads)
+def _trial(path: Path, threads: int, kept: str) -> float | None:
+    session = ort_start.started(path, threads, kept)
     feeds = graph_threads.zeros([_spec(each) for each in session.get_inputs()])
     return graph_threads.timed(lambda: session.run(None, feeds))
 
@@ -160,11 +125,11 @@ def _spec(found: Any) -> TensorSpec:
 class OrtSession(PreparedSession):
     """A graph in ONNX Runtime."""
 
-    def __init__(self, path: Path, threads: int, steps: Preprocessing) -> None:
-        """``steps`` make the inputs. Raises LoadError."""
+    def __init__(self, path: Path, threads: int, steps: Preprocessing, kept: str) -> None:
+        """``steps`` make the inputs; ``kept`` as in ``ort_start``. Raises LoadError."""
         super().__init__(path, steps)
         self.threads = threads
-        self._session = _started(path, threads)
+        self._session = ort_start.started(path, threads, kept)
         self.inputs = tuple(map(_spec, self._session.get_inputs()))
         self.outputs = tuple(map(_spec, self._session.get_outputs()))
 
@@ -172,7 +137,7 @@ class OrtSession(PreparedSession):
         try:
             found: list[Any] = self._session.run(None, feeds)
         except Exception as error:
-            raise InferenceError(f"ONNX Runtime failed: {_reason(error)}") from None
+            raise InferenceError(f"ONNX Runtime failed: {ort_start.reason(error)}") from None
         return found
 
     def _let_go(self) -> None:
