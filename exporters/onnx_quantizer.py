@@ -1,26 +1,18 @@
 """Quantizes an ONNX file: which scheme, which operators, and what is better left in float.
 
-Decides and compares; static and dynamic int8 are written by onnxruntime.quantization, blocks of
-weights by ``onnx_blocks``. Never knows where a model comes from.
+Decides which of its neighbours writes a scheme; dynamic int8 is onnxruntime.quantization's. Never
+knows where a model comes from.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-
-from edgekit import _fs
-from edgekit.errors import ExportError, OutOfSpaceError, RecipeError
+from edgekit.errors import RecipeError
 from edgekit.exporter import Progress
 from edgekit.exporters import (
     onnx_blocks,
@@ -29,24 +21,17 @@ from edgekit.exporters import (
     onnx_grid,
     onnx_products,
     onnx_smoothing,
+    onnx_static,
+    ort_quantization,
 )
 from edgekit.exporters.onnx_graph import Graph
+from edgekit.exporters.ort_quantization import failing, quiet
 
 Feeds = Sequence[Mapping[str, Any]]
 _FLOAT = "F32"
 _MATRICES = ("MatMul", "Gemm")
 _BLOCKS = {"weight_only_wi8b32": 8, "weight_only_wi4b32": 4}
-# How the range of an activation is found (the whole of it, or without the rarest values), and
-# whether weights have 7 bits, for some kernels add products of 8 bits up in 16.
-_VARIANTS = (("MinMax", False), ("MinMax", True), ("Percentile", True))
-_PERCENTILE = 99.99
-# Products of two activations stay float: attention is better fused. What an operator of another
-# domain makes is float where nobody says more (TensorProto.FLOAT).
-_OPTIONS: dict[str, Any] = {"MatMulConstBOnly": True, "DefaultTensorType": 1}
-# A kernel of the quantized graph that takes less than this part of all weights may stay float.
-_SMALL = 0.02
 _DYNAMIC_BITS = 7  # of a weight
-_TRIALS = 16  # samples that variants are compared on
 
 
 def quantize(
@@ -68,7 +53,7 @@ def quantize(
     """
     kept = _kept(source, overrides)
     progress("quantize", 0, 1)
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=out.parent) as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=out.parent) as folder, quiet():
         if scheme == "F16":
             model, facts = _half(source), {}
         elif scheme in _BLOCKS:
@@ -83,9 +68,9 @@ def quantize(
         elif scheme == "dynamic_wi8_afp32":
             model, facts = _dynamic(source, Path(folder), kept, samples)
         elif onnx_graph.is_convolutional(source):
-            model, facts = _static(source, Path(folder), kept, samples, progress)
+            model, facts = onnx_static.write(source, Path(folder), kept, samples, progress)
         else:
-            with _failing():
+            with failing():
                 model, facts = onnx_products.apply(onnx_graph.load(source), samples, kept, progress)
     onnx_graph.save(model, out)
     progress("quantize", 1, 1)
@@ -109,7 +94,7 @@ def _kept(source: Path, overrides: Sequence[tuple[str, str]]) -> set[str]:
 def _half(source: Path) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    with _failing():
+    with failing():
         return convert_float_to_float16(onnx_graph.load(source), keep_io_types=True)
 
 
@@ -121,12 +106,12 @@ def _dynamic(
 ) -> tuple[Any, dict[str, Any]]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    prepared, out = _prepared(source, folder), folder / "dynamic.onnx"
-    with _failing():
+    prepared, out = ort_quantization.prepared(source, folder), folder / "dynamic.onnx"
+    with failing():
         smoothed = onnx_graph.load(prepared)
         count = onnx_smoothing.apply(smoothed, samples, kept, _DYNAMIC_BITS)
         onnx_graph.save(smoothed, prepared)
-    with _failing():
+    with failing():
         quantize_dynamic(
             prepared,
             out,
@@ -139,7 +124,7 @@ def _dynamic(
             reduce_range=True,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=sorted(kept),
-            extra_options=dict(_OPTIONS),
+            extra_options=dict(ort_quantization.OPTIONS),
         )
     model = onnx_graph.load(out)
     tables = onnx_blocks.quantize_tables(Graph(model), kept)
@@ -147,154 +132,5 @@ def _dynamic(
     return model, {"matrices": matrices, "tables": tables, "smoothed": count}
 
 
-# Static: ranges are measured on samples
-
-
-def _static(
-    source: Path, folder: Path, kept: set[str], samples: Feeds, progress: Progress
-) -> tuple[Any, dict[str, Any]]:
-    if not samples:
-        raise ExportError("static quantization needs samples")
-    prepared = _prepared(source, folder)
-    trials = samples[:_TRIALS]
-    wanted = _run(prepared, trials)
-    found: list[tuple[float, Path, tuple[str, bool], set[str]]] = []
-
-    def attempt(variant: tuple[str, bool], floats: set[str]) -> None:
-        progress("calibrate", len(found), len(_VARIANTS) + 1)
-        out = folder / f"static-{len(found)}.onnx"
-        with _failing():
-            _write_static(prepared, out, variant, samples, kept | floats)
-        found.append((_loss(wanted, _run(out, trials)), out, variant, floats))
-
-    for variant in _VARIANTS:
-        attempt(variant, set())
-    if ends := _ends(prepared):
-        attempt(min(found, key=_first)[2], ends)
-    progress("calibrate", len(_VARIANTS) + 1, len(_VARIANTS) + 1)
-    loss, out, (calibrator, reduced), floats = min(found, key=_first)
-    return onnx_graph.load(out), {
-        "calibrator": calibrator,
-        "weight_bits": 7 if reduced else 8,
-        "kept_float": sorted(floats),
-        "calibration_loss": float(f"{loss:.6g}"),
-    }
-
-
-def _first(row: tuple[float, *tuple[Any, ...]]) -> float:
-    return row[0]
-
-
-def _write_static(
-    prepared: Path, out: Path, variant: tuple[str, bool], samples: Feeds, kept: set[str]
-) -> None:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    calibrator, reduced = variant
-    options = dict(_OPTIONS)
-    if calibrator == "Percentile":
-        options["CalibPercentile"] = _PERCENTILE
-    quantize_static(
-        prepared,
-        out,
-        _Reader(samples),
-        quant_format=QuantFormat.QDQ,
-        # Signed activations have no fast kernel on x86, and are no faster elsewhere.
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=reduced,
-        calibrate_method=CalibrationMethod[calibrator],
-        nodes_to_exclude=sorted(kept),
-        extra_options=options,
-    )
-
-
-class _Reader:
-    """What the library asks for one sample after the other."""
-
-    def __init__(self, samples: Feeds) -> None:
-        self._samples = iter(samples)
-
-    def get_next(self) -> Mapping[str, Any] | None:
-        return next(self._samples, None)
-
-
-def _ends(path: Path) -> set[str]:
-    """The first and the last operator with weights, where they are small beside the rest: they see
-    raw pixels and decide between classes.
-    """
-    graph = Graph(onnx_graph.load(path))
-    sizes: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op_type in ("Conv", *_MATRICES) and len(node.input) > 1:
-            weights = graph.constant(node.input[1])
-            if weights is not None:
-                sizes[node.name] = weights.size
-    names = list(sizes)
-    if len(names) < 3:
-        return set()
-    total = sum(sizes.values())
-    return {name for name in (names[0], names[-1]) if sizes[name] < _SMALL * total}
-
-
-def _run(path: Path, feeds: Feeds) -> list[Any]:
-    """The first output of every sample, flat."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    with _failing():
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        return [session.run(None, dict(feed))[0].astype(np.float64).ravel() for feed in feeds]
-
-
-def _loss(wanted: list[Any], found: list[Any]) -> float:
-    """Mean squared error as a share of the mean square."""
-    error = sum(float(((a - b) ** 2).sum()) for a, b in zip(wanted, found, strict=True))
-    return error / max(1e-30, sum(float((a**2).sum()) for a in wanted))
-
-
-# The library
-
-
-def _prepared(source: Path, folder: Path) -> Path:
-    """With the shape of every value, which the library looks up."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    out = folder / "prepared.onnx"
-    with _failing():
-        quant_pre_process(source, out, skip_symbolic_shape=True)
-    return out
-
-
 def _count(model: Any, kind: str) -> int:
     return sum(node.op_type == kind for node in model.graph.node)
-
-
-@contextlib.contextmanager
-def _failing() -> Iterator[None]:
-    try:
-        yield
-    except (ExportError, RecipeError):  # a full disk among them
-        raise
-    except Exception as error:  # the library's asserts, and the engine's own kinds
-        if _fs.is_full(error):
-            raise OutOfSpaceError(
-                "the disk filled up during the export", hint="free some space and run it again"
-            ) from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ExportError(f"onnxruntime cannot quantize this graph: {reason[:200]}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The library prints advice, and warns through the root logger."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.root.setLevel(level)
