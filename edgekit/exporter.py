@@ -39,7 +39,7 @@ class ExportOptions:
 
     ``calibration`` is "builtin", "none", a text file or a folder of images, ``chunks`` how many
     pieces of it; ``overrides`` are (pattern, tensor type); ``adapter`` is a LoRA folder, merged in
-    or (``adapter_mode`` "keep") shipped beside the model; ``fusion`` as in Recipe.
+    or (``adapter_mode`` "keep") shipped beside the model; ``fusion`` and ``via`` as in Recipe.
     """
 
     bits: int | None = None
@@ -50,6 +50,7 @@ class ExportOptions:
     adapter: Path | None = None
     adapter_mode: str = "merge"
     fusion: str = "auto"
+    via: str = ""
 
 
 @dataclass(frozen=True)
@@ -351,6 +352,7 @@ def repeat(
         adapter=adapter,
         adapter_mode=recipe.adapter_mode,
         fusion=recipe.fusion,
+        via=recipe.via,
     )
 
 
@@ -432,6 +434,11 @@ def _prepare(
     source = (
         model if isinstance(model, ModelSource) else resolve_source(str(model), revision=revision)
     )
+    if options.via and (format != "onnx" or source.kind != "hf"):
+        raise RecipeError(
+            f"{options.via} makes ONNX graphs of Hugging Face folders alone",
+            hint="--format onnx, or leave out --via",
+        )
     recipe = exporter.recipe(source, options)
     return source, exporter, exporter.plan(source, recipe)
 

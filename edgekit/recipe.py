@@ -16,6 +16,7 @@ from edgekit import quant
 from edgekit.errors import RecipeError
 from edgekit.registry import did_you_mean
 
+VIAS = ("optimum",)
 _ADAPTER_MODES = ("merge", "keep")
 _FUSIONS = re.compile(r"[a-z_]{1,40}(,[a-z_]{1,40}){0,40}", re.ASCII)
 _MAX_PATTERN = 256
@@ -47,6 +48,7 @@ class Recipe:
     (``adapter_mode`` "merge") or to ship beside the model ("keep"). ``fusion`` "none" leaves the
     operators of a graph as they were exported, "auto" lets passes stay that are not slower on the
     machine of the export, and names with commas between are those passes: a manifest says which.
+    ``via`` names the tool that wrote the float graph, where that is not edgekit's own tracer.
     Raises RecipeError for unknown names and impossible combinations.
     """
 
@@ -57,6 +59,7 @@ class Recipe:
     adapter: str | None = None
     adapter_mode: str = "merge"
     fusion: str = "auto"
+    via: str = ""
 
     def __post_init__(self) -> None:
         if self.format == "gguf":
@@ -75,6 +78,10 @@ class Recipe:
                 )
         if not _FUSIONS.fullmatch(self.fusion):
             raise RecipeError("fusion must be auto, none, or names of passes with commas between")
+        if self.via not in ("", *VIAS):
+            raise RecipeError(f"via must be one of {', '.join(VIAS)}")
+        if self.via and self.format != "onnx":
+            raise RecipeError("only ONNX graphs are made via another tool", hint="--format onnx")
         if self.adapter_mode not in _ADAPTER_MODES:
             raise RecipeError(f"adapter_mode must be one of {', '.join(_ADAPTER_MODES)}")
         for pattern, _ in self.overrides:

@@ -25,6 +25,7 @@ from edgekit.exporters import (
     torch_model,
     torch_to_onnx,
     torch_towers,
+    via_optimum,
 )
 from edgekit.exporters.to_onnx_lm import OnnxLanguageExporter, takes
 from edgekit.exporters.torch_model import TracedModel
@@ -67,6 +68,8 @@ class OnnxExporter:
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a precision; calibration data to its hash."""
+        if options.via:
+            via_optimum.check(source)
         if takes(source):
             self._language = OnnxLanguageExporter()
             return self._language.recipe(source, options)
@@ -89,6 +92,7 @@ class OnnxExporter:
             calibration=self._calibration(kind, options),
             overrides=options.overrides,
             fusion=options.fusion,
+            via=options.via,
         )
 
     def _with_module(self, source: ModelSource) -> ModelSource:
@@ -141,7 +145,7 @@ class OnnxExporter:
             return self._language.run(source, hashes, plan, folder, progress)
         recipe = plan.recipe
         with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name:
-            steps, graphs = self._plain(source, Path(name), progress)
+            steps, graphs = self._plain(source, Path(name), progress, recipe.via)
             facts = [self._quantize(graph, source, recipe, progress) for graph in graphs]
             # Last, for the library that quantizes does not know the fused operators.
             models = [onnx_graph.load(graph.quantized) for graph in graphs]
@@ -185,7 +189,7 @@ class OnnxExporter:
         return graphs[0].path
 
     def _plain(
-        self, source: ModelSource, folder: Path, progress: Progress
+        self, source: ModelSource, folder: Path, progress: Progress, via: str = ""
     ) -> tuple[Preprocessing, list[_Graph]]:
         """What makes the inputs, and the float graphs, written to ``folder``."""
         if source.kind == "onnx":
@@ -203,7 +207,10 @@ class OnnxExporter:
             done, whole = 2 * number, 2 * len(traced)
             progress("trace", done, whole)
             path = folder / name
-            torch_to_onnx.write(model, path)
+            if via:
+                via_optimum.write(source, model, path, progress)
+            else:
+                torch_to_onnx.write(model, path)
             progress("trace", done + 1, whole)
             off = torch_to_onnx.check(model, path)
             progress("trace", done + 2, whole)

@@ -79,7 +79,7 @@ def check(traced: TracedModel, path: Path) -> float:
         expected = found if isinstance(found, tuple) else (found,)
         feeds = {n: t.numpy() for n, t in zip(traced.inputs, inputs, strict=True)}
         for name, wanted, got in zip(
-            traced.outputs, expected, session.run(None, feeds), strict=True
+            traced.outputs, expected, session.run(list(traced.outputs), feeds), strict=True
         ):
             worst = max(
                 worst, parity.difference(name, "ONNX Runtime", wanted.numpy(), got, rounds=rounds)

@@ -15,6 +15,7 @@ from edgekit.cli import export_tuned, show, show_receipt
 from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
 from edgekit.receipt import Gates, Receipt
+from edgekit.recipe import VIAS
 from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
 
@@ -108,6 +109,12 @@ def _pairs(
     help="LoRA folder to merge into the model.",
 )
 @click.option("--keep-adapter", is_flag=True, help="Ship the adapter beside the model instead.")
+@click.option(
+    "--via",
+    type=click.Choice(VIAS),
+    help="ONNX: who writes the float graph instead of edgekit; optimum-cli gets an environment of"
+    " its own, fetched once.",
+)
 @click.option("--no-fusion", is_flag=True, help="ONNX: leave the operators as they were traced.")
 @click.option(
     "--from-manifest",
@@ -161,6 +168,7 @@ def command(
     as_json: bool,
     type_: str | None,
     keep_adapter: bool,
+    via: str | None,
     no_fusion: bool,
     no_receipt: bool,
     eval_data: Path | None,
@@ -189,6 +197,7 @@ def command(
             or revision
             or keep_adapter
             or no_fusion
+            or via
             or goal
             or any(fields[name] for name in _RECIPE)
         ):
@@ -217,18 +226,19 @@ def command(
         type=type_,
         adapter_mode="keep" if keep_adapter else "merge",
         fusion="none" if no_fusion else "auto",
+        via=via or "",
         **fields,
     )
     with show.progress(quiet=as_json) as progress:
         source = find_source(model, revision=revision, on_progress=partial(progress, "download"))
     if goal is not None:
         out = out or Path("build") / f"{_base_name(model)}-for-{goal}"
-        taken = any((type_, fields["bits"], fields["overrides"], fields["adapter"]))
+        taken = any((via, type_, fields["bits"], fields["overrides"], fields["adapter"]))
         if format_ != "onnx" or taken or dry_run or no_receipt:
             raise UsageError(
                 "--optimize-for chooses the type of an ONNX file itself, and measures it",
-                hint="--format onnx, without --bits, --type, --override, --adapter, --dry-run and"
-                " --no-receipt",
+                hint="--format onnx, without --bits, --type, --override, --adapter, --via,"
+                " --dry-run and --no-receipt",
             )
         artifact = export_tuned.tuned(
             source, goal, out, options, gates, eval_data=eval_data, as_json=as_json
