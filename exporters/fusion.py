@@ -18,11 +18,12 @@ from typing import Any
 
 import onnxruntime
 
-from edgekit import _fs, machine
+from edgekit import _fs, machine, telemetry
 from edgekit.errors import ExportError, RecipeError
 from edgekit.exporter import Progress
 from edgekit.exporters import passes
 from edgekit.registry import did_you_mean
+from edgekit.report import BUSY_SHARE, BUSY_STEAL
 from edgekit.tensor_figures import PassTrial
 
 Feed = Mapping[str, Any]
@@ -32,6 +33,8 @@ _LEAST_ROUNDS, _MOST_ROUNDS, _WARM_UP = 7, 60, 3
 # A pass is dropped when its graph takes this much more at the median, and more in three rounds of
 # four: what stays within the noise stays in, so that equal exports have equal bytes.
 _SLOWER = 1.02
+# Where others kept the machine working, chance takes more: then a pass must be this much slower.
+_SLOWER_BUSY = 1.10
 _MOST_BYTES = 1 << 30
 
 
@@ -94,7 +97,8 @@ def _fit_in_memory(models: Sequence[Any]) -> bool:
 
 class _Race:
     """Two forms of the same graphs in turn, on one input each. What came of it is remembered for
-    this machine and engine, so that the same export gives the same bytes again.
+    this machine and engine, so that the same export gives the same bytes again; but not where
+    others kept the machine working meanwhile.
     """
 
     def __init__(self, feeds: Sequence[Feed]) -> None:
@@ -118,13 +122,17 @@ class _Race:
             pass
         try:
             sides = [[_session(raw) for raw in side] for side in (before, after)]
+            counters, own_s = telemetry.counters(machine.root()), time.process_time()
             ratios = self._ratios(sides)
         except Exception:  # the engine's own kinds, which have no common base
             return None, False
+        own_s = time.process_time() - own_s
+        busy = _busy(telemetry.strain(counters, telemetry.counters(machine.root()), own_s))
         ratio = float(f"{median(ratios):.4g}")
-        slower = ratio > _SLOWER and quantiles(ratios, n=4)[0] > 1
-        with contextlib.suppress(ExportError):  # a full disk: it is measured again next time
-            _fs.write_atomic(file, json.dumps({"ratio": ratio, "slower": slower}).encode())
+        slower = is_slower(ratios, busy)
+        if not busy:
+            with contextlib.suppress(ExportError):  # a full disk: it is measured again next time
+                _fs.write_atomic(file, json.dumps({"ratio": ratio, "slower": slower}).encode())
         return ratio, slower
 
     def _ratios(self, sides: Sequence[Sequence[Any]]) -> list[float]:
@@ -142,6 +150,17 @@ class _Race:
             if len(ratios) >= _LEAST_ROUNDS and time.perf_counter() > ends:
                 break
         return ratios
+
+
+def is_slower(ratios: Sequence[float], busy: bool) -> bool:
+    """Whether after / before of all rounds speak against a pass."""
+    limit = _SLOWER_BUSY if busy else _SLOWER
+    return median(ratios) > limit and quantiles(ratios, n=4)[0] > 1
+
+
+def _busy(strain: telemetry.Strain) -> bool:
+    """Whether other processes, or the host, took so much that the next race may end otherwise."""
+    return (strain.others_share or 0) > BUSY_SHARE or (strain.steal_share or 0) > BUSY_STEAL
 
 
 def _session(raw: bytes) -> Any:

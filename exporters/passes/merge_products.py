@@ -5,10 +5,10 @@
 A column of a product depends on no other column of the matrix, so both sides are equal, but for the
 order in which a kernel adds up. The input is read, and quantized, once instead of several times,
 and one large product keeps cores busier than three small ones. The same holds for products in 8
-bits with a scale and a zero point for each column (MatMulInteger, Cast, Mul), and for blocks of
-weights (MatMulNBits), which never reach over two columns. Preconditions: constant matrices of one
-type, the same input with the same scale, a bias of one number a column in all or in none of them,
-and nobody else takes a value in between.
+bits with a scale and a zero point for each column (MatMulInteger, Cast, Mul; or DequantizeLinear
+before the MatMul), and for blocks of weights (MatMulNBits), which never reach over two columns.
+Preconditions: constant matrices of one type, the same input with the same scale, a bias of one
+number a column in all or in none of them, and nobody else takes a value in between.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def apply(graph: Graph) -> int:
     for node in graph.nodes:
         match node.op_type:
             case "MatMul":
-                found = _plain(graph, node)
+                found = _plain(graph, node) or _dequantized(graph, node)
             case "MatMulInteger":
                 found = _integer(graph, node)
             case "MatMulNBits":
@@ -63,6 +63,21 @@ def _plain(graph: Graph, node: Any) -> _Product | None:
     if weights is None or weights.ndim != 2:
         return None
     return _biased(graph, [node], ((0, 1, 1),), weights.shape[1])
+
+
+def _dequantized(graph: Graph, node: Any) -> _Product | None:
+    """MatMul(x, DequantizeLinear(W, scales of its columns, zeros of them))."""
+    made = graph.maker(node.input[1], "DequantizeLinear")
+    if made is None or graph.only_taker(made.output[0], "MatMul") is None:
+        return None
+    weights, *ends = [graph.constant(name) for name in made.input]
+    if weights is None or weights.ndim != 2 or attribute(made, "axis", 1) != 1:
+        return None
+    columns = weights.shape[1]
+    if any(each is None or each.shape != (columns,) for each in ends):
+        return None
+    joined = ((0, 0, 1), *((0, place, 0) for place in range(1, len(made.input))))
+    return _biased(graph, [made, node], joined, columns)
 
 
 def _integer(graph: Graph, node: Any) -> _Product | None:

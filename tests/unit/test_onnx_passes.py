@@ -13,6 +13,7 @@ import tiny_torch
 import torch
 
 from edgekit import source as find_source
+from edgekit import telemetry
 from edgekit.errors import RecipeError
 from edgekit.exporters import (
     fusion,
@@ -164,6 +165,7 @@ def _norms(how: str, folder: Path, kind: str = "F32") -> tuple[Any, list[Any], l
         ("plain", "F32", 1, 2),
         ("plain", "dynamic_wi8_afp32", 1, 2),
         ("plain", "weight_only_wi4b32", 1, 2),
+        ("plain", "weight_only_wi8_afp32", 1, 2),
         ("one bias", "F32", 1, 1),  # those with a bias are merged
         ("other inputs", "F32", 1, 0),
         ("shown", "F32", 0, 2),
@@ -211,3 +213,25 @@ def test_a_pass_that_is_slower_is_dropped_and_told(
     assert repeated.trials == () and again.SerializeToString() == model.SerializeToString()
     with pytest.raises(RecipeError):
         fusion.choose([again], [feeds], "attention,burdens", lambda *_: None)
+
+
+@pytest.mark.parametrize(("others", "remembered"), [(0.0, True), (0.5, False)])
+def test_a_race_beside_other_work_is_not_remembered(
+    tmp_path: Path, home: Path, others: float, remembered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strain = telemetry.Strain(others, 0.0, None, None)
+    monkeypatch.setattr(telemetry, "strain", lambda *_: strain)
+    plain = tmp_path / "plain.onnx"
+    torch_to_onnx.write(_traced("plain"), plain)
+    feeds = {"x": np.zeros((1, 5, 16), np.float32)}
+    found = fusion.choose([onnx_graph.load(plain)], [feeds], "auto", lambda *_: None)
+    assert found.trials
+    files = list((home / "state" / "fusion").glob("*.json"))
+    assert len(files) == (len(found.trials) if remembered else 0)
+
+
+def test_beside_other_work_chance_is_given_more_room() -> None:
+    ratios = [1.03, 1.05, 1.04, 1.06, 1.05, 1.07, 1.04]
+    assert fusion.is_slower(ratios, busy=False) and not fusion.is_slower(ratios, busy=True)
+    assert fusion.is_slower([3 * each for each in ratios], busy=True)
+    assert not fusion.is_slower([each - 0.05 for each in ratios], busy=False)
