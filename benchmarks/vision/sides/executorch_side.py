@@ -31,8 +31,8 @@ def quantized(module: Any, places: tuple[Any, ...], given: dict[str, Any]) -> An
     return convert_pt2e(prepared)
 
 
-def main() -> None:
-    given = loop.arguments()
+def write(given: dict[str, Any], path: Path) -> None:
+    """Convert the model to a file."""
     module, places = loop.module_of(given)
     with torch.no_grad():
         if given["int8"]:
@@ -40,8 +40,12 @@ def main() -> None:
         program = to_edge_transform_and_lower(
             torch.export.export(module, places), partitioner=[XnnpackPartitioner()]
         ).to_executorch()
-    path = Path(f"{given['out']}.pte")
     path.write_bytes(program.buffer)
+
+
+def main() -> None:
+    given = loop.arguments()
+    path = loop.once(Path(f"{given['out']}.pte"), lambda path: write(given, path))
     portable_lib._unsafe_reset_threadpool(given["threads"])
     method = Runtime.get().load_program(path).load_method("forward")
 

@@ -28,28 +28,33 @@ def floats(array: Any, details: dict[str, Any]) -> Any:
     return (array.astype(np.float32) - zero) * scale
 
 
+def by_place(feed: loop.Feed) -> loop.Feed:
+    """Under the names that the converter gives."""
+    return {f"args_{number}": array for number, array in enumerate(feed.values())}
+
+
+def write(given: dict[str, Any], path: Path) -> None:
+    """Convert the model to a file."""
+    module, places = loop.module_of(given)
+    plain = Path(f"{path}.float") if given["int8"] else path
+    litert_torch.convert(module, places).export(str(plain))
+    if not given["int8"]:
+        return
+    # Static for convolutions; models of matrix products are much slower with it.
+    static = given["convolutions"]
+    rules = recipe.static_wi8_ai8() if static else recipe.dynamic_wi8_afp32()
+    work = quantizer.Quantizer(str(plain), rules)
+    ranges = None
+    if static:
+        samples = [by_place(feed) for feed in loop.feeds(given["calibration"])]
+        ranges = work.calibrate({"serving_default": samples})
+    work.quantize(ranges).export_model(str(path))
+
+
 def main() -> None:
     given = loop.arguments()
-    module, places = loop.module_of(given)
-    path = f"{given['out']}.tflite"
-    litert_torch.convert(module, places).export(path)
-    names = [f"args_{number}" for number in range(len(places))]
-
-    def by_place(feed: loop.Feed) -> loop.Feed:
-        return dict(zip(names, feed.values(), strict=True))
-
-    if given["int8"]:
-        # Static for convolutions; models of matrix products are much slower with it.
-        static = given["convolutions"]
-        rules = recipe.static_wi8_ai8() if static else recipe.dynamic_wi8_afp32()
-        work = quantizer.Quantizer(path, rules)
-        ranges = None
-        if static:
-            samples = [by_place(feed) for feed in loop.feeds(given["calibration"])]
-            ranges = work.calibrate({"serving_default": samples})
-        path = f"{given['out']}.int8.tflite"
-        work.quantize(ranges).export_model(path)
-    runner = Interpreter(path, num_threads=given["threads"]).get_signature_runner()
+    path = loop.once(Path(f"{given['out']}.tflite"), lambda path: write(given, path))
+    runner = Interpreter(str(path), num_threads=given["threads"]).get_signature_runner()
 
     wanted = runner.get_input_details()
     (given_back,) = runner.get_output_details().values()
@@ -58,7 +63,7 @@ def main() -> None:
         places = {name: rounded(array, wanted[name]) for name, array in by_place(feed).items()}
         return floats(next(iter(runner(**places).values())), given_back)
 
-    loop.serve(run, given, Path(path).stat().st_size)
+    loop.serve(run, given, path.stat().st_size)
 
 
 if __name__ == "__main__":

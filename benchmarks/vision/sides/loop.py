@@ -37,6 +37,15 @@ def feeds(path: str) -> list[Feed]:
     return [{name: array[index] for name, array in arrays.items()} for index in range(count)]
 
 
+def once(path: Path, write: Callable[[Path], None]) -> Path:
+    """``path``, written by ``write`` (a file or a folder) unless an earlier run has."""
+    if not path.exists():
+        partial = path.with_name(f"partial-{path.name}")
+        write(partial)
+        partial.rename(path)
+    return path
+
+
 def module_of(given: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """The torch module of ``models.py`` or of a BERT's folder, and example inputs by place."""
     import torch

@@ -28,9 +28,15 @@ def main() -> None:
     model = core.read_model(given["model"])
     weights = Path(given["model"])
     if given["int8"]:
-        model = quantized(model, loop.feeds(given["calibration"]), given["convolutions"])
-        openvino.save_model(model, f"{given['out']}.xml", compress_to_fp16=False)
-        weights = Path(f"{given['out']}.bin")
+
+        def write(folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+            made = quantized(model, loop.feeds(given["calibration"]), given["convolutions"])
+            openvino.save_model(made, folder / "model.xml", compress_to_fp16=False)
+
+        folder = loop.once(Path(f"{given['out']}-model"), write)
+        weights = folder / "model.bin"
+        model = core.read_model(folder / "model.xml")
     compiled = core.compile_model(
         model,
         "CPU",

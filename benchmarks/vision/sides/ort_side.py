@@ -19,24 +19,28 @@ class _Reader:
         return next(self._samples, None)
 
 
+def write(given: dict[str, Any], path: Path) -> None:
+    """Quantize the model to a file."""
+    if not given["convolutions"]:
+        quantize_dynamic(given["model"], path, weight_type=QuantType.QInt8)
+        return
+    quantize_static(
+        given["model"],
+        path,
+        _Reader(loop.feeds(given["calibration"])),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+
+
 def main() -> None:
     given = loop.arguments()
     model = given["model"]
     if given["int8"]:
-        out = f"{given['out']}.onnx"
-        if given["convolutions"]:
-            quantize_static(
-                model,
-                out,
-                _Reader(loop.feeds(given["calibration"])),
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-            )
-        else:
-            quantize_dynamic(model, out, weight_type=QuantType.QInt8)
-        model = out
+        made = loop.once(Path(f"{given['out']}.onnx"), lambda path: write(given, path))
+        model = str(made)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = given["threads"]
     options.log_severity_level = 4
