@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def _as_optimum(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("vit", marks=pytest.mark.slow), "bert"])
 def test_it_keeps_what_makes_the_inputs(family: str, tmp_path: Path) -> None:
     folder = getattr(tiny_torch, f"{family}_folder")(tmp_path / "model")
     made = _as_optimum(folder, tmp_path / "optimum")
@@ -95,12 +96,13 @@ def test_optimum_cli_writes_the_graph_in_an_environment_of_its_own(
     assert reprove(seen)[1] == []
 
 
+@pytest.mark.slow
 def test_offline_via_optimum_is_one_clear_line(tmp_path: Path, home: Path) -> None:
     folder = tiny_torch.bert_folder(tmp_path / "model")
     asked = ["--format", "onnx", "--json", "--via", "optimum", "--out", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-m", "edgekit", "export", folder, *asked],
-        env={"EDGEKIT_HOME": str(home), "PIP_NO_INDEX": "1", "PATH": ""},
+        env={"EDGEKIT_HOME": str(home), "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull},
         capture_output=True,
         text=True,
     )
