@@ -33,7 +33,11 @@ CATALOGUE = {
         "91.86% on Fashion-MNIST, 99.50% on 2,000 digits of MNIST, 96,490 parameters",
         "benchmarks/train/run minimal",
     ),
-    "vit-qat": Entry("A vision transformer of 4-bit weights and activations, by learned steps."),
+    "vit-qat": Entry(
+        "A vision transformer of 4-bit weights and activations, by learned steps.",
+        "88.25% on Fashion-MNIST, its float control 88.41%; 3 bits: 87.66%",
+        "benchmarks/train/run vit-qat",
+    ),
     "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
     "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
     "diffusion": Entry("A generator of digits (DDPM, DDIM): noise in, images out."),
