@@ -172,6 +172,7 @@ RECIPES = Shelf(
         "finetune": "edgekit.training.finetune:RECIPE",
         "finetune-vit": "edgekit.training.finetune_vit:RECIPE",
         "minimal": "edgekit.training.minimal:RECIPE",
+        "prune": "edgekit.training.prune:RECIPE",
         "tinyllama": "edgekit.training.tinyllama:RECIPE",
         "diffusion": "edgekit.training.diffusion:RECIPE",
         "dual-encoder": "edgekit.training.dual_encoder:RECIPE",
@@ -192,6 +193,7 @@ NETWORKS = Shelf(
         "video": "edgekit.training.video:build",
         "vit-qat": "edgekit.training.vit_qat:build",
         "vit-adapters": "edgekit.training.finetune_vit:build",
+        "residual": "edgekit.training.residual:build",
     },
     extra="train",
 )

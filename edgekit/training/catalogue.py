@@ -41,5 +41,6 @@ CATALOGUE = {
     "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
     "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
     "diffusion": Entry("A generator of digits (DDPM, DDIM): noise in, images out."),
+    "prune": Entry("A convolutional network cut down channel by channel to a latency, and tuned."),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
 }

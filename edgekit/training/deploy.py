@@ -19,11 +19,16 @@ _TURNS = 5
 
 
 def figures(
-    run: Run, models: Mapping[str, Fill], *, types: Mapping[str, str] | None = None
+    run: Run,
+    models: Mapping[str, Fill],
+    *,
+    types: Mapping[str, str] | None = None,
+    turns: int = _TURNS,
 ) -> dict[str, dict[str, float]]:
     """For each of ``models`` (a name, and what fills its folder): ``onnx_bytes``, and the median
     ``latency_ms`` of one input on one thread of ONNX Runtime, all models in turn. ``types`` are
-    other types of the artifact than F32. Only the main process measures; others get nothing.
+    other types of the artifact than F32; each has ``turns`` of a second. Only the main process
+    measures; others get nothing.
     """
     if not run.main:
         return {}
@@ -36,7 +41,7 @@ def figures(
         kind = (types or {}).get(name, "F32")
         artifacts[name] = export(folder, "onnx", out=out, type=kind, receipt=False)
     report = latency.latency(
-        *artifacts.values(), threads=(1,), repetitions=_TURNS, probe_limits=False
+        *artifacts.values(), threads=(1,), repetitions=turns, probe_limits=False
     )
     found = {}
     for (name, artifact), row in zip(artifacts.items(), report.rows, strict=True):

@@ -51,6 +51,15 @@ class Images:
         """At most the first ``count``; all for 0."""
         return Images(self.pixels[: count or None], self.classes[: count or None])
 
+    def parted(self, count: int) -> tuple[Images, Images]:
+        """All but ``count`` of them, and these, which are spread evenly. Raises DataError."""
+        if not 0 < count < len(self):
+            raise DataError(f"of {len(self)} images {count} cannot be held back")
+        away = torch.zeros(len(self), dtype=torch.bool)
+        away[torch.arange(count) * len(self) // count] = True
+        parts = [Images(self.pixels[chosen], self.classes[chosen]) for chosen in (~away, away)]
+        return parts[0], parts[1]
+
 
 @dataclass(frozen=True)
 class Labelled:

@@ -164,6 +164,13 @@ def test_three_kills_change_nothing_of_the_others(tmp_path: Path, recipe: str) -
     killed_at_random_points(tmp_path, 3, recipe, *pairs)
 
 
+@pytest.mark.slow
+def test_kills_between_cuts_and_in_tuning_change_nothing(tmp_path: Path) -> None:
+    toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
+    more = ("widths=8,12", "steps=120", "tune_steps=80", "rounds=2", "chunk=2", "board=rpi5")
+    killed_at_random_points(tmp_path, 6, "prune", *toy, *more, "held_images=8", "speedup=2")
+
+
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     found = forks("spread", tmp_path)
     one = found.pop("one")

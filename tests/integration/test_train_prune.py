@@ -1,0 +1,145 @@
+"""The recipe prune: from pictures to a network that is cut to a latency, beside its uncut twin."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_data import picture_folder
+
+import edgekit
+from edgekit import onnx_cost
+from edgekit.device import load_profile
+from edgekit.errors import DataError, RecipeError
+from edgekit.formats import onnx
+from edgekit.registry import RECIPES
+from edgekit.training import residual
+from edgekit.training.convolution_time import Predicted, total_ms
+from edgekit.training.recipe import train
+from edgekit.training.settings import with_pairs
+from edgekit.vision_predictor import predict_vision
+
+TOY = ("side=8", "channels=1", "widths=8,12", "blocks=1,1", "flip=no", "shift=1", "threads=1")
+MORE = ("steps=80", "batch=16", "eval_every=0", "lr=1e-2", "held_images=12", "chunk=2")
+TUNE = ("tune_steps=60", "tune_lr=5e-3", "rounds=2", "speedup=2", "board=rpi5", "sparsity=0.5")
+
+
+def pruned(out: Path, data: Path, *pairs: str) -> dict[str, Any]:
+    settings = [f"data={data}", *TOY, *MORE, *TUNE, *pairs]
+    return train("prune", settings, out, resume=False, say=lambda status: None)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture_folder(tmp_path_factory.mktemp("data") / "pictures", each=60)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "bars"
+    pruned(out, pictures, "latency=no")
+    return out
+
+
+def test_the_report_has_the_cut_network_beside_those_of_equal_training(run: Path) -> None:
+    body = json.loads((run / "training.json").read_text())
+    rows = {row["name"]: row["figures"] for row in body["results"]}
+    assert list(rows) == ["pruned", "unpruned", "2-of-4", "unstructured"]
+    assert rows["pruned"]["parameters"] < 0.7 * rows["unpruned"]["parameters"]
+    assert rows["pruned"]["accuracy"] > 0.9
+    assert 0.4 < rows["2-of-4"]["zeros_share"] <= 0.5 == rows["unpruned"]["zeros_share"] + 0.5
+    assert rows["unstructured"]["zeros_share"] == pytest.approx(0.5, abs=0.02)
+    steps = {phase["name"]: phase["steps"] for phase in body["phases"]}
+    assert steps["round-1"] + steps["round-2"] == steps["unpruned"] == steps["2-of-4"] == 60
+
+
+def test_the_board_is_predicted_to_be_as_fast_as_asked_for(run: Path) -> None:
+    remarks = json.loads((run / "training.json").read_text())["remarks"]
+    (told,) = [remark for remark in remarks if "predicted for rpi5" in remark]
+    assert 2.0 <= float(told.split(", ")[1].split()[0]) < 2.6
+    (criteria,) = [remark for remark in remarks if "before any tuning" in remark]
+    assert all(name in criteria for name in ("l1", "taylor", "bn", "activation"))
+    assert sum("paired bootstrap" in remark for remark in remarks) == 3
+
+
+def test_both_networks_can_be_exported_and_the_cut_one_classifies(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    artifact = edgekit.export(run, "onnx", type="F32", out=tmp_path / "cut", receipt=False)
+    whole = edgekit.export(
+        run / "unpruned", "onnx", type="F32", out=tmp_path / "whole", receipt=False
+    )
+    assert artifact.size_bytes < whole.size_bytes
+    for each, folder in ((artifact, run), (whole, run / "unpruned")):
+        body = json.loads((folder / "network.json").read_text())
+        layers = list(residual.convolutions(body["config"], tuple(body["input_shape"][1:])))
+        exported = onnx_cost.cost(onnx.read(each.model_path)).cost
+        assert math.fsum(layer.cost.flops for layer in layers) == exported.flops
+        board = load_profile("rpi5")
+        planned = predict_vision(exported, board, engine="ort").mid
+        assert total_ms(Predicted(board), layers) == pytest.approx(planned, rel=0.1)
+    with edgekit.load(artifact) as model:
+        files = sorted(pictures.rglob("*.png"))
+        right = [model.classify(path)[0][0] == path.parent.name for path in files]
+    assert sum(right) / len(right) > 0.9
+
+
+def test_the_scan_is_a_table_and_a_picture(run: Path) -> None:
+    with (run / "sensitivity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    groups = {row["group"] for row in rows}
+    assert len(groups) == 4 and {int(row["removed"]) for row in rows} >= {0, 2, 4, 6}
+    assert (run / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_what_is_measured_here_becomes_faster_here(pictures: Path, tmp_path: Path) -> None:
+    wide = ("side=32", "widths=32,64", "blocks=1,1", "chunk=8", "board=", "steps=20", "sparse=no")
+    pairs = [
+        p for p in (*TOY, *MORE, *TUNE) if p.split("=")[0] not in {w.split("=")[0] for w in wide}
+    ]
+    body = train(
+        "prune",
+        [f"data={pictures}", *pairs, *wide],
+        tmp_path / "out",
+        resume=False,
+        say=lambda status: None,
+    )
+    rows = {row["name"]: row["figures"] for row in body["results"]}
+    assert rows["unpruned"]["latency_ms"] > 1.6 * rows["pruned"]["latency_ms"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (("speedup=1",), "speedup is more than 1"),
+        (("sparsity=1",), "sparsity"),
+        (("rounds=4", "tune_steps=2"), "a round has no steps"),
+        (("rounds=9",), "take no share, or all"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(pairs: tuple[str, ...], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        with_pairs(RECIPES.load("prune").settings, pairs)
+
+
+@pytest.mark.parametrize(
+    ("pair", "kind", "words"),
+    [
+        ("held_images=5000", DataError, "cannot be held back"),
+        ("widths=8,8,8,8", RecipeError, "as many"),
+        ("speedup=500", RecipeError, "channels left everywhere"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_word(
+    pictures: Path, tmp_path: Path, pair: str, kind: type[Exception], words: str
+) -> None:
+    pairs = [f"data={pictures}", *TOY, *MORE, *TUNE, "latency=no"]
+    kept = [each for each in pairs if each.split("=")[0] not in (pair.split("=")[0], "steps")]
+    with pytest.raises(kind, match=words):
+        train("prune", [*kept, pair, "steps=5"], tmp_path / "out", resume=False, say=print)
+    assert not (tmp_path / "out").exists()
