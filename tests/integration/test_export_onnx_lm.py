@@ -89,6 +89,7 @@ def test_a_wrong_rotation_would_be_seen(
     assert np.abs(logits(wrong, ids, (COUNT,)) - reference_logits(folder, ids)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_half_floats_and_eight_bits_stay_close(
     tiny_model: Callable[[str], Path],
     float_model: Callable[[str], edgekit.Artifact],
@@ -225,7 +226,9 @@ def test_four_bits_are_fitted_to_a_text_and_say_what_they_lost(
         assert session.complete("One two three", max_tokens=4).tokens
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2", "phi", "phi3"))]
+)
 def test_scaled_columns_change_nothing(
     name: str,
     tiny_model: Callable[[str], Path],

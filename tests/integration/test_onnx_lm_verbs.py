@@ -21,7 +21,15 @@ from edgekit.plan import plan
 Float = Callable[[str], edgekit.Artifact]
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.MODELS if name not in ("gpt2", "mixtral")])
+# Two always: one that is plain, and one with windows and norms behind the parts.
+FAMILIES = [
+    pytest.param(name, marks=() if name in ("llama3", "gemma3") else pytest.mark.slow)
+    for name in tiny.MODELS
+    if name not in ("gpt2", "mixtral")
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_token_costs_what_it_costs_in_the_gguf(
     name: str, float_model: Float, tiny_gguf: Callable[[str], Path]
 ) -> None:
@@ -68,6 +76,7 @@ def test_a_plan_is_made_from_the_header(float_model: Float, tmp_path: Path) -> N
         plan(model, "rpi5")
 
 
+@pytest.mark.slow
 def test_both_formats_stand_in_one_table(
     float_model: Float, tiny_gguf: Callable[[str], Path]
 ) -> None:
