@@ -1,9 +1,10 @@
 """Static int8 for models of matrix products: ranges for the inputs of those, and of nothing else.
 
-All else stays float, which engines fuse around int8 products; attention does so best. Outliers are
-smoothed first (``onnx_smoothing``), each range is searched for the product that loses least, and
-the products that lose most get no range: there an engine rounds in every run, or not at all.
-Decides by samples; never writes a file.
+All else stays float, which engines fuse around int8 products. Outliers are smoothed first
+(``onnx_smoothing``), each range is searched for the product that loses least, and the products that
+lose most get no range: there an engine rounds in every run, or not at all. The products inside
+attention (``onnx_attention``) are in 8 bits as far as the answers allow. Decides by samples; never
+writes a file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from onnx import helper
 
 from edgekit.errors import ExportError
 from edgekit.exporter import Progress
-from edgekit.exporters import onnx_channels, onnx_smoothing
+from edgekit.exporters import onnx_attention, onnx_channels, onnx_smoothing
 from edgekit.exporters.onnx_graph import Graph, attribute
 
 Feeds = Sequence[Mapping[str, Any]]
@@ -60,23 +61,36 @@ def apply(
     smoothed = onnx_smoothing.apply(model, samples, kept, _WEIGHT_BITS, one_range=True)
     progress("calibrate", 1, steps)
     ranges = _ranges(model, samples, kept)
+    ends = onnx_attention.largest(model, samples)
     found = weights_alone = _quantized(model, {}, kept)
     floor = _loss(wanted, _answers(weights_alone, trials))
-    loss, static = floor, 0
+    loss, chosen = floor, dict[str, _Range]()
+    limit = max(_MAY_COST, floor + _MAY_ADD)
     worst = sorted(ranges, key=lambda name: -ranges[name].loss)
     for number, share in enumerate(_LEFT_OUT):
         progress("calibrate", number + 2, steps)
-        chosen = {name: ranges[name] for name in worst[round(share * len(worst)) :]}
-        tried = _quantized(model, chosen, kept)
+        some = {name: ranges[name] for name in worst[round(share * len(worst)) :]}
+        tried = _quantized(model, some, kept)
         cost = _loss(wanted, _answers(tried, trials))
-        if cost <= max(_MAY_COST, floor + _MAY_ADD):
-            found, loss, static = tried, cost, len(chosen)
+        if cost <= limit:
+            found, loss, chosen = tried, cost, some
+            break
+    inside = 0
+    for values in (True, False) if ends else ():
+        tried = _quantized(model, chosen, kept)
+        graph = Graph(tried)
+        count = onnx_attention.insert(graph, ends, values=values)
+        graph.finish()
+        cost = _loss(wanted, _answers(tried, trials))
+        if cost <= limit:
+            found, loss, inside = tried, cost, count
             break
     progress("calibrate", steps, steps)
     return found, {
         "smoothed": smoothed,
-        "static_inputs": static,
-        "inputs_without_range": len(ranges) - static,
+        "static_inputs": len(chosen),
+        "inputs_without_range": len(ranges) - len(chosen),
+        "inputs_inside_attention": inside,
         "calibration_loss": float(f"{loss:.6g}"),
     }
 

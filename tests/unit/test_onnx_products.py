@@ -122,4 +122,42 @@ def test_an_encoder_of_texts_is_exported_and_proved(kind: str, tmp_path: Path) -
     folder = tiny_torch.bert_folder(tmp_path / "bert")
     artifact = export(folder, "onnx", type=kind, out=tmp_path / "out")
     assert artifact.receipt["agreement"]["cosine"]["value"] > 0.99
-    assert artifact.manifest.details["passes"]["attention"] == 2
+    inside = artifact.manifest.details.get("inputs_inside_attention", 0)
+    # Fused where it is float: two products of each layer otherwise, in 8 bits.
+    assert (inside, artifact.manifest.details["passes"]["attention"]) in ((0, 2), (8, 0))
+    assert inside == (8 if kind.startswith("static") else 0)
+
+
+def test_attention_stays_float_where_8_bits_would_cost_too_much(tmp_path: Path) -> None:
+    """Planted: one channel of the queries and of the keys is huge, and all others matter."""
+    facts = []
+    for huge in (1.0, 3000.0):
+        model = _attention(huge)
+        _, found = onnx_products.apply(model, _samples(16), set(), no_progress)
+        facts.append(found["inputs_inside_attention"])
+    assert facts == [4, 0]
+
+
+def _attention(huge: float) -> Any:
+    """softmax(q k') v of one head; the first channel of q is ``huge``, and that of k near zero."""
+    generator = np.random.default_rng(0)
+    names, weights, nodes = ("q", "k", "v"), [], []
+    for name in names:
+        array = generator.standard_normal((_WIDE, _WIDE), np.float32) / _WIDE**0.5
+        array[:, 0] *= {"q": huge, "k": 1e-3 / huge}.get(name, 1)
+        weights.append(numpy_helper.from_array(array, f"w{name}"))
+        nodes.append(helper.make_node("MatMul", ["x", f"w{name}"], [name], f"n{name}"))
+    nodes += [
+        helper.make_node("Transpose", ["k"], ["turned"], "turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["q", "turned"], ["scores"], "scores"),
+        helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "v"], ["y"], "weighted"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", _WIDE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", _WIDE])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
