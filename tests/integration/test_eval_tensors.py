@@ -35,7 +35,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = tiny_torch.vit_folder(folder / "model", num_hidden_layers=3)
     for name, options in {
         "float": {"bits": 32, "fusion": "none"},
-        "static": {"type": "static_wi8_ai8", "chunks": 8},
+        "static": {"type": "static_wi8_ai8", "chunks": 8, "fusion": "none"},
         "dynamic": {"bits": 8, "chunks": 8},
     }.items():
         export(source, "onnx", out=folder / name, receipt=False, **options)
