@@ -19,9 +19,12 @@ class Entry:
 
 
 CATALOGUE = {
+    "diffusion": Entry("A generator of digits (DDPM, DDIM): noise in, images out."),
+    "distill": Entry("A small image classifier that learns from a large one, beside one alone."),
     "distill-lm": Entry(
         "A language model cut down to fewer, narrower layers and taught by the whole one."
     ),
+    "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
     "finetune": Entry(
         "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences."
     ),
@@ -33,14 +36,13 @@ CATALOGUE = {
         "91.86% on Fashion-MNIST, 99.50% on 2,000 digits of MNIST, 96,490 parameters",
         "benchmarks/train/run minimal",
     ),
+    "nas": Entry("A network found by a search: accuracy against latency and memory, in hours."),
+    "prune": Entry("A convolutional network cut down channel by channel to a latency, and tuned."),
+    "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
+    "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
     "vit-qat": Entry(
         "A vision transformer of 4-bit weights and activations, by learned steps.",
         "88.25% on Fashion-MNIST, its float control 88.41%; 3 bits: 87.66%",
         "benchmarks/train/run vit-qat",
     ),
-    "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
-    "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
-    "diffusion": Entry("A generator of digits (DDPM, DDIM): noise in, images out."),
-    "prune": Entry("A convolutional network cut down channel by channel to a latency, and tuned."),
-    "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
 }

@@ -18,7 +18,7 @@ from edgekit.registry import load
 from edgekit.vision_cost import VisionCost
 from edgekit.vision_predictor import predict_vision
 
-_TURNS, _TURN_S = 7, 0.002
+_TURNS, _TURN_S = 20, 0.001
 _LEAST_MS = 1e-3  # an operator is never free
 _WARM_RUNS = 3
 _OPSET, _IR_VERSION = 17, 8

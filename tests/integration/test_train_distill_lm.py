@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,20 @@ from edgekit.errors import RecipeError
 from edgekit.training import distill_lm, pretrained
 from edgekit.training.recipe import train
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+PROSE = resources.files("edgekit.exporters").joinpath("calibration.txt")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "docs.txt"
-    path.write_text("\n".join(page.read_text() for page in sorted(DOCS.glob("*.md"))))
+    path = tmp_path_factory.mktemp("data") / "prose.txt"
+    path.write_text(PROSE.read_text("utf-8"))
     return path
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     out = tmp_path_factory.mktemp("models") / "teacher"
-    pairs = [f"text={text}", "pairs=", "size=toy", "length=64", "steps=60", "batch=16", "lr=1e-2"]
+    pairs = [f"text={text}", "pairs=", "size=toy", "length=64", "steps=120", "batch=16", "lr=1e-2"]
     pairs += ["held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "ngram=no"]
     train("tinyllama", pairs, out, resume=False, say=lambda status: None)
     return out

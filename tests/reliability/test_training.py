@@ -171,6 +171,13 @@ def test_kills_between_cuts_and_in_tuning_change_nothing(tmp_path: Path) -> None
     killed_at_random_points(tmp_path, 6, "prune", *toy, *more, "held_images=8", "speedup=2")
 
 
+@pytest.mark.slow
+def test_kills_of_teacher_and_students_change_nothing(tmp_path: Path) -> None:
+    toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
+    more = ("widths=8,12", "teacher_steps=150", "steps=120")
+    killed_at_random_points(tmp_path, 6, "distill", *toy, *more)
+
+
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     found = forks("spread", tmp_path)
     one = found.pop("one")

@@ -53,7 +53,7 @@ LAZY = ("numpy", "torch", "onnx", "onnxruntime", "gguf", "llama_cpp", "transform
 LAZY += ("ai_edge_litert", "litert_torch")
 # What the files of training/ may import at load time: they are loaded by name, and no one else's.
 TRAINS = {"torch", "accelerate", "safetensors", "numpy", "tokenizers", "transformers", "peft"}
-TRAINS |= {"torch_pruning"}
+TRAINS |= {"optuna", "torch_pruning"}
 RUNS_CODE = (
     "pickle",
     "cPickle",

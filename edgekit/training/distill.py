@@ -1,0 +1,251 @@
+"""Recipe: a small image classifier that learns from a large one: its answers, and its features.
+
+The student is the teacher with a part of its channels, cut by what each does for the loss, or a
+narrow network of its own. It is trained twice from the same weights, for as many steps, on the same
+images: alone, and with the teacher. The report says how much of the loss that the student lacks
+against the teacher the teacher gave back.
+
+Knows the order of the work; never a formula (``distillation``), nor how channels hang together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from edgekit.errors import RecipeError
+from edgekit.training import (
+    channel_groups,
+    classify,
+    deploy,
+    distillation,
+    images,
+    residual,
+    trained_residual,
+)
+from edgekit.training.images import Images, Labelled
+from edgekit.training.recipe import Recipe
+from edgekit.training.report import Result, TrainingReport
+from edgekit.training.run import Run
+from edgekit.training.settings import Settings, setting
+from edgekit.training.trained_residual import State, Trained, weights
+from edgekit.training.trainer import Batch, Task
+
+TEACHER, ALONE, TAUGHT = "teacher", "alone", "distilled"
+_SCORED = 1024  # images that the teacher's channels are scored by
+
+
+@dataclass(frozen=True)
+class DistillSettings(Settings):
+    """Teacher, student and what is taught; the defaults are for Fashion-MNIST. ``steps`` are those
+    of each student.
+    """
+
+    data: str = setting(
+        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
+    )
+    teacher: str = setting("", "folder of a network that prune left; empty: trained here")
+    teacher_steps: int = setting(1600, "steps of a teacher that is trained here")
+    kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
+    widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage of such a teacher")
+    blocks: tuple[int, ...] = setting((1, 1, 1), "its blocks of each stage")
+    student: Literal["cut", "narrow"] = setting(
+        "cut", "the teacher with a part of its channels, or as narrow from new weights"
+    )
+    keep: float = setting(0.25, "share of the teacher's channels that the student has")
+    temperature: float = setting(4.0, "that softens the answers")
+    answers: float = setting(0.9, "weight of the teacher's answers; the labels have the rest")
+    features: float = setting(1.0, "weight of the teacher's features; 0 leaves them out")
+    side: int = setting(32, "a folder's images become side x side")
+    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
+    train_images: int = setting(0, "first images to train on; 0: all")
+    test_images: int = setting(0, "first images to test on; 0: all")
+    shift: int = setting(2, "augmentation: moved by up to so many pixels")
+    flip: bool = setting(True, "augmentation: mirrored")
+    smoothing: float = setting(0.0, "label smoothing, of all three alike")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 < self.keep < 1 and 0 <= self.answers <= 1 and self.features >= 0):
+            raise RecipeError("keep and answers are shares, features must not be negative")
+        if self.temperature <= 0 or self.teacher_steps < 1:
+            raise RecipeError("temperature and teacher_steps must be more than 0")
+
+
+def run(run: Run, settings: DistillSettings) -> TrainingReport:
+    """Train the teacher if there is none, the student alone, and the student with it."""
+    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    work = _Work(
+        run,
+        settings,
+        data,
+        data.train.first(settings.train_images),
+        data.test.first(settings.test_images),
+    )
+    teacher = work.teacher()
+    config, start = work.student(teacher)
+    models = {
+        TAUGHT: work.taught(teacher, config, start),
+        ALONE: work.trained(ALONE, config, start, settings),
+        TEACHER: teacher,
+    }
+    fills = {name: partial(model.fill, data) for name, model in models.items()}
+    timed = deploy.figures(run, fills) if settings.latency else {}
+    results = [
+        Result(
+            name,
+            {"parameters": float(model.parameters), **model.figures, **timed.get(name, {})},
+        )
+        for name, model in models.items()
+    ]
+
+    def fill(folder: Path) -> None:
+        models[TAUGHT].fill(data, folder)
+        for name in (ALONE, TEACHER):
+            (folder / name).mkdir()
+            models[name].fill(data, folder / name)
+
+    return run.finish(fill, results, work.remarks(models) if run.main else [])
+
+
+@dataclass(frozen=True)
+class _Work:
+    run: Run
+    settings: DistillSettings
+    data: Labelled
+    train: Images
+    test: Images
+
+    def teacher(self) -> Trained:
+        """The one of the folder, or one that is trained here."""
+        settings, data = self.settings, self.data
+        evaluate = classify.evaluation(data, self.test)
+        if settings.teacher:
+            found = trained_residual.read(Path(settings.teacher).expanduser(), data)
+            with torch.no_grad():
+                return replace(found, figures=evaluate(found.network().eval()))
+        config = residual.config(
+            data.shape,
+            len(data.labels),
+            kind=settings.kind,
+            widths=settings.widths,
+            blocks=settings.blocks,
+        )
+        steps = replace(settings, steps=settings.teacher_steps)
+        return self.trained(TEACHER, config, None, steps)
+
+    def student(self, teacher: Trained) -> tuple[dict[str, Any], State | None]:
+        """Its config, and the weights that both trainings start from; None: new ones.
+
+        From every group of channels those stay that matter most by the Taylor criterion.
+        """
+        network, shape, last = teacher.network(), self.data.shape, "head"
+        groups = channel_groups.find(network, shape, last)
+        numbers = torch.linspace(0, len(self.train) - 1, min(_SCORED, len(self.train))).long()
+        pixels, classes = self.train.batch(numbers)
+
+        def loss(network: torch.nn.Module) -> torch.Tensor:
+            return F.cross_entropy(network(self.data.normalized(pixels)), classes)
+
+        scores = channel_groups.scores("taylor", network, groups, [loss])
+        removed = {}
+        for group in groups:
+            stays = max(1, round(self.settings.keep * group.width))
+            order = scores[group.name].argsort(stable=True).tolist()
+            removed[group.name] = order[: group.width - stays]
+        channel_groups.cut(network, shape, last, removed)
+        config = residual.config_of(network, teacher.config)
+        return config, network.state_dict() if self.settings.student == "cut" else None
+
+    def trained(
+        self, name: str, config: dict[str, Any], start: State | None, settings: Settings
+    ) -> Trained:
+        """A network that learns from the labels alone."""
+        loss = classify.loss_of(
+            self.data,
+            smoothing=self.settings.smoothing,
+            shift=self.settings.shift,
+            flip=self.settings.flip,
+        )
+        network = self._started(config, start).to(memory_format=torch.channels_last)
+        evaluate = classify.evaluation(self.data, self.test)
+        fitted = self.run.fit(Task(name, network, self.train, loss, evaluate), settings)
+        return Trained(config, weights(self.run, fitted), fitted.figures)
+
+    def taught(self, teacher: Trained, config: dict[str, Any], start: State | None) -> Trained:
+        """The same network, that learns from labels, answers and features."""
+        settings, data = self.settings, self.data
+        master = teacher.network().eval().requires_grad_(False)
+        master = master.to(self.run.accelerator.device, memory_format=torch.channels_last)
+
+        def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            pixels, classes = batch
+            inputs = classify.augmented(
+                data.normalized(pixels), shift=settings.shift, flip=settings.flip, turn=0.0
+            )
+            with torch.no_grad():
+                its = master.features(inputs)
+                answer = master.classify(its[-1])
+            logits, mine = model(inputs)
+            labels = F.cross_entropy(
+                logits.float(), classes, reduction="sum", label_smoothing=settings.smoothing
+            )
+            soft = distillation.of_answers(logits, answer, settings.temperature)
+            total = (1 - settings.answers) * labels + settings.answers * soft
+            return total + settings.features * distillation.of_features(mine, its)
+
+        student = self._started(config, start)
+        pupil = distillation.Pupil(student, _widths(config), _widths(teacher.config))
+        pupil = pupil.to(memory_format=torch.channels_last)
+        evaluate = classify.evaluation(data, self.test)
+        fitted = self.run.fit(Task(TAUGHT, pupil, self.train, loss, evaluate), settings)
+        state = distillation.of_student(weights(self.run, fitted))
+        return Trained(config, state, fitted.figures)
+
+    def _started(self, config: dict[str, Any], start: State | None) -> torch.nn.Module:
+        torch.manual_seed(self.settings.seed)
+        network = residual.build(config)
+        if start is not None:
+            network.load_state_dict(start)
+        return network
+
+    def remarks(self, models: dict[str, Trained]) -> list[str]:
+        """How much of the gap was closed, in loss and in accuracy."""
+        loss = {name: model.figures["loss"] for name, model in models.items()}
+        gap, gained = loss[ALONE] - loss[TEACHER], loss[ALONE] - loss[TAUGHT]
+        found = [
+            f"tested on {len(self.test):,} images of {self.settings.data} that no training saw",
+            f"loss of {ALONE} {loss[ALONE]:.4f}, of {TAUGHT} {loss[TAUGHT]:.4f}, of the teacher"
+            f" {loss[TEACHER]:.4f}",
+        ]
+        if gap > 0:
+            found.append(f"the teacher gave back {gained / gap:.0%} of the gap of the loss")
+        else:
+            found.append("there is no gap: the student alone is as good as the teacher")
+        pairs = [(TAUGHT, ALONE)]
+        return [*found, *trained_residual.compared(models, pairs, self.data, self.test)]
+
+
+def _widths(config: Any) -> list[int]:
+    return [stage["width"] for stage in config["stages"]]
+
+
+RECIPE = Recipe(
+    "distill",
+    DistillSettings(
+        steps=1000,
+        batch=128,
+        lr=4e-3,
+        ema=0.998,
+        eval_every=0,
+        checkpoint_every=100,
+        weight_decay=0.05,
+        precision="bf16",
+    ),
+    run,
+)

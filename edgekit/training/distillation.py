@@ -1,0 +1,67 @@
+"""What a student learns from a teacher: its answers, softened, and what it makes inside.
+
+Knows logits, features and the formulas; never a recipe, nor where a teacher comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Answer = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+def of_answers(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher's softmax at T || student's), summed over the batch (Hinton et al. 2015,
+    "Distilling the Knowledge in a Neural Network", section 2: the factor T^2 keeps its gradients as
+    large as those of the labels). Logits [batch, classes] both.
+    """
+    soft = F.log_softmax(student.float() / temperature, dim=1)
+    target = F.log_softmax(teacher.float() / temperature, dim=1)
+    divergence = F.kl_div(soft, target, reduction="sum", log_target=True)
+    return divergence * temperature**2
+
+
+def of_features(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Half the squared distance, in the mean over channels and places and relative to the teacher's
+    own mean square, in the mean over the layers, summed over the batch (Romero et al. 2015,
+    "FitNets: Hints for Thin Deep Nets", section 2.2, equation 3; relative, so that deep layers with
+    small values count as much).
+    """
+    parts = []
+    for mine, its in zip(student, teacher, strict=True):
+        scale = its.square().mean().clamp(min=1e-8)
+        parts.append((mine - its).square().flatten(1).mean(1).sum() / (2 * scale))
+    return torch.stack(parts).mean()
+
+
+class Pupil(nn.Module):
+    """A student, and a 1x1 convolution for each of its stages that brings its channels to the
+    teacher's (FitNets' regressor). In training mode it answers with logits and the features that
+    these make; in evaluation mode with the student's logits alone.
+    """
+
+    def __init__(
+        self, student: nn.Module, widths: Sequence[int], teacher_widths: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        pairs = zip(widths, teacher_widths, strict=True)
+        self.regressors = nn.ModuleList(nn.Conv2d(mine, its, 1) for mine, its in pairs)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | Answer:
+        features = self.student.features(image)
+        logits: torch.Tensor = self.student.classify(features[-1])
+        if not self.training:
+            return logits
+        made = [layer(each) for layer, each in zip(self.regressors, features, strict=True)]
+        return logits, made
+
+
+def of_student(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The student's own part of a Pupil's state."""
+    prefix = "student."
+    return {n.removeprefix(prefix): each for n, each in state.items() if n.startswith(prefix)}
