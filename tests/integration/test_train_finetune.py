@@ -97,10 +97,10 @@ def test_each_method_learns_and_the_folder_has_what_it_learned(
     out, body = runs[method]
     found = rows(body)
     assert [row["name"] for row in body["results"]] == [method, "before"]
-    assert found[method]["loss"] < found["before"]["loss"] - 1
+    assert found[method]["loss"] < found["before"]["loss"] - 0.4
     if method != "qlora":  # merged, it is what was trained
         trained = body["phases"][0]["figures"]["loss"]
-        assert found[method]["loss"] == pytest.approx(trained, rel=1e-4)
+        assert found[method]["loss"] == pytest.approx(trained, rel=1e-3)
     if method == "full":
         assert found[method]["trained_parameters"] == found["before"]["parameters"]
         assert not (out / "adapter").exists()
