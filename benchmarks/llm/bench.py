@@ -146,13 +146,15 @@ def _within(median: float, low: float, high: float) -> str:
 
 def main() -> None:
     """Print the two tables."""
-    arguments = measure.parser(__doc__, reps=20).parse_args()
+    parser = measure.parser(__doc__, reps=20)
+    parser.add_argument("--types", default=",".join(peers.TYPES), metavar="A,B")
+    arguments = parser.parse_args()
     figures: dict[str, Any] = {"machine": measure.describe_machine()}
     scratch = measure.scratch(arguments)
     tools = peers.find_tools(arguments.tools)
     quick = arguments.quick
     work = Work(prompt=32, answer=8, repetitions=1) if quick else Work()
-    kinds = ("Q4_0",) if quick else peers.TYPES
+    kinds = ["Q4_0"] if quick else arguments.types.split(",")
     models = {kind: peers.quantized(tools, scratch, kind) for kind in kinds}
     reps, threads = (1 if quick else arguments.reps), arguments.threads
 
