@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from edgekit.training.trainer import Batch
+
+
+def prose() -> str:
+    """Some 150,000 characters of English that stay as they are, unlike edgekit's own pages."""
+    return resources.files("edgekit.exporters").joinpath("calibration.txt").read_text("utf-8")
 
 
 def picture_folder(folder: Path, each: int = 30, side: int = 8) -> Path:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_data import prose
 
 from edgekit.training import checkpoint
 from edgekit.training.recipe import train
 
 pytestmark = pytest.mark.hw
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -23,11 +23,10 @@ def test_two_runs_of_tinyllama_end_with_the_same_bytes(tmp_path: Path, precision
     """Attention's backward pass among them, which is not repeatable unless one asks for it."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no graphics card")
-    text = "\n".join(page.read_text() for page in sorted(DOCS.glob("*.md")))
-    (tmp_path / "docs.txt").write_text(text)
+    (tmp_path / "prose.txt").write_text(prose())
     lines = [json.dumps({"prompt": f"What is {n}?", "answer": f"{n} is {n}."}) for n in range(80)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    pairs = [f"text={tmp_path / 'docs.txt'}", f"pairs={tmp_path / 'pairs.jsonl'}", "size=1m"]
+    pairs = [f"text={tmp_path / 'prose.txt'}", f"pairs={tmp_path / 'pairs.jsonl'}", "size=1m"]
     pairs += ["length=256", "steps=60", "tune_steps=20", "held_tokens=2000", "latency=no"]
     weights = []
     for name in ("one", "again"):

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from training_data import prose
 
 import edgekit
 from edgekit.errors import RecipeError
 from edgekit.training import distill_lm, pretrained
 from edgekit.training.recipe import train
 
-PROSE = resources.files("edgekit.exporters").joinpath("calibration.txt")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prose.txt"
-    path.write_text(PROSE.read_text("utf-8"))
+    path.write_text(prose())
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import picture_folder
+from training_data import picture_folder, prose
 
 import edgekit
 from edgekit.errors import DataError, RecipeError, SourceError, UnsupportedModelError
@@ -30,7 +30,6 @@ from edgekit.training.recipe import train
 
 pytest.importorskip("peft")
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 WORDS = ("lamp", "boat", "tree", "house", "river", "stone", "glass", "paper")
 TOY = ("steps=30", "batch=8", "lr=1e-2", "held=10", "limit=0", "threads=1", "latency=no")
 TOY += ("precision=fp32",)
@@ -40,9 +39,8 @@ TOY += ("precision=fp32",)
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama that has read edgekit's pages, with a chat template that it never saw."""
     out = tmp_path_factory.mktemp("models") / "base"
-    text = "\n".join(page.read_text() for page in sorted(DOCS.glob("*.md")))
-    (out.parent / "docs.txt").write_text(text)
-    pairs = [f"text={out.parent / 'docs.txt'}", "pairs=", "size=toy", "length=64", "steps=60"]
+    (out.parent / "prose.txt").write_text(prose())
+    pairs = [f"text={out.parent / 'prose.txt'}", "pairs=", "size=toy", "length=64", "steps=60"]
     pairs += ["batch=16", "held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "lr=1e-2"]
     train("tinyllama", [*pairs, "ngram=no"], out, resume=False, say=lambda status: None)
     return out

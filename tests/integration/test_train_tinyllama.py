@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_data import prose
 
 import edgekit
 from edgekit.errors import DataError
@@ -21,7 +22,6 @@ from edgekit.training.kneser_ney import KneserNey
 from edgekit.training.llama import Llama
 from edgekit.training.recipe import train
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 WORDS = ("lamp", "boat", "tree", "house", "river", "stone", "glass", "paper")
 
 
@@ -29,8 +29,7 @@ WORDS = ("lamp", "boat", "tree", "house", "river", "stone", "glass", "paper")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Edgekit's own pages as a text, and questions about words."""
     folder = tmp_path_factory.mktemp("data")
-    text = "\n".join(page.read_text() for page in sorted(DOCS.glob("*.md")))
-    (folder / "docs.txt").write_text(text)
+    (folder / "prose.txt").write_text(prose())
     lines = [
         json.dumps({"prompt": f"What is {n} {word}?", "answer": f"It is a {word}, number {n}."})
         for n, word in itertools.product(range(20), WORDS)
@@ -42,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "toy"
-    pairs = [f"text={data / 'docs.txt'}", f"pairs={data / 'pairs.jsonl'}", "size=toy", "length=64"]
+    pairs = [f"text={data / 'prose.txt'}", f"pairs={data / 'pairs.jsonl'}", "size=toy", "length=64"]
     pairs += ["steps=60", "batch=16", "tune_steps=40", "held_tokens=2000", "eval_every=30"]
     pairs += ["n_ctx=128", "latency=no", "precision=fp32", "threads=1", "lr=1e-2", "tune_lr=5e-3"]
     train("tinyllama", pairs, out, resume=False, say=lambda status: None)
@@ -93,7 +92,7 @@ def test_experts_are_a_mixtral_beside_their_dense_twin(tmp_path: Path, data: Pat
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "sparse"
-    pairs = [f"text={data / 'docs.txt'}", "pairs=", "size=toy", "length=64", "steps=30", "batch=8"]
+    pairs = [f"text={data / 'prose.txt'}", "pairs=", "size=toy", "length=64", "steps=30", "batch=8"]
     pairs += ["held_tokens=2000", "n_ctx=128", "latency=no", "threads=1", "lr=1e-2", "ngram=no"]
     body = train("tinyllama", [*pairs, "experts=4"], out, resume=False, say=lambda status: None)
     sparse, twin = (row["figures"] for row in body["results"])
@@ -158,7 +157,7 @@ def test_the_order_is_what_fits_into_a_number() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(data: Path) -> Any:
-    return texts.byte_pairs(texts.read(str(data / "docs.txt")).train, 512)
+    return texts.byte_pairs(texts.read(str(data / "prose.txt")).train, 512)
 
 
 def test_tokens_give_the_text_back(tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import digit_folder, picture_folder
+from training_data import digit_folder, picture_folder, prose
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = ROOT / "tests" / "training_forks.py"
@@ -72,14 +72,13 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
 
 
 def toy_tinyllama(folder: Path) -> list[str]:
-    text = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
-    (folder / "docs.txt").write_text(text)
+    (folder / "prose.txt").write_text(prose())
     lines = [
         {"prompt": f"What is {n}?", "answer": f"{n} is {n}.", "chosen": f"{n}.", "rejected": "No."}
         for n in range(80)
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data = (f"text={folder / 'docs.txt'}", f"pairs={folder / 'pairs.jsonl'}", "size=toy")
+    data = (f"text={folder / 'prose.txt'}", f"pairs={folder / 'pairs.jsonl'}", "size=toy")
     more = ("length=64", "n_ctx=64", "steps=80", "tune_steps=40", "held_tokens=2000")
     last = ("checkpoint_every=9", "latency=no", "precision=fp32", "threads=1", "eval_every=40")
     return [*data, *more, *last]
@@ -118,7 +117,7 @@ def train_tinyllama(folder: Path) -> Path:
 @pytest.mark.slow
 def test_kills_change_nothing_in_a_student(tmp_path: Path) -> None:
     base = train_tinyllama(tmp_path)
-    pairs = (f"model={base}", f"text={tmp_path / 'docs.txt'}", "layers=0.5", "inner=0.5")
+    pairs = (f"model={base}", f"text={tmp_path / 'prose.txt'}", "layers=0.5", "inner=0.5")
     more = ("length=64", "steps=40", "batch=8", "lr=3e-3", "held_tokens=1000", "threads=1")
     last = ("checkpoint_every=7", "latency=no", "precision=fp32")
     killed_at_random_points(tmp_path, 3, "distill-lm", *pairs, *more, *last)
