@@ -17,7 +17,7 @@ from edgekit.exporter import Progress
 
 # Versions that work together; what they need beside follows from them.
 PINS = (
-    *("torch==2.13.0", "transformers==4.57.6", "optimum==2.0.0", "optimum-onnx==0.1.0"),
+    *("torch==2.13.0", "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0"),
     *("onnx==1.23.2", "onnxruntime==1.31.1", "numpy==2.4.6"),
 )
 _COMPLETE = "edgekit-complete"  # written last: a folder without it is made anew
