@@ -14,7 +14,9 @@ from edgekit.telemetry import Counters
 def _tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        fresh = root / f"{name}.fresh"  # moved into place: nobody may read half of it
+        fresh.write_text(text)
+        fresh.replace(root / name)
     return root
 
 
