@@ -30,7 +30,9 @@
 
 #define BYTES ((size_t)1 << 30)
 #define MOST_THREADS 64
-#define STREAMS 6
+#ifndef STREAMS
+#define STREAMS 6 /* how many fill the memory's queues best depends on the CPU */
+#endif
 #define LINE 64 /* bytes that memory gives at a time */
 #define ROUNDS 100
 #define PIECE ((size_t)8 << 20)
@@ -62,7 +64,7 @@ static double read_once(const char *data, size_t bytes) {
     const size_t length = bytes / STREAMS / LINE * (LINE / WIDTH);
     const words *at = (const words *)data;
     for (size_t i = 0; i < length; i += LINE / WIDTH)
-#pragma GCC unroll 6
+#pragma GCC unroll 16
         for (int stream = 0; stream < STREAMS; stream++)
 #pragma GCC unroll 4
             for (int word = 0; word < LINE / WIDTH; word++)
