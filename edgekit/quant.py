@@ -106,6 +106,14 @@ NEEDS_SAMPLES = ("static_wi8_ai8",)
 TAKES_SAMPLES = (*NEEDS_SAMPLES, "dynamic_wi8_afp32")
 
 
+def check_choice(bits: int | None, type: str | None) -> None:
+    """RecipeError where a user gave both: a number of bits stands for one default type."""
+    if bits is not None and type is not None:
+        raise RecipeError(
+            "give --bits or --type, not both", hint="--bits stands for one default type"
+        )
+
+
 def gguf_type(name: str) -> str:
     """The canonical name of a GGUF file type. Raises RecipeError with the closest known name."""
     upper = name.upper()

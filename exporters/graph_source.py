@@ -14,24 +14,28 @@ from typing import Any
 
 from edgekit import sample_inputs
 from edgekit.errors import RecipeError
-from edgekit.exporter import ExportOptions, Progress, TensorPlan
+from edgekit.exporter import ExportOptions, ExportPlan, Progress, TensorPlan
 from edgekit.exporters import torch_model
 from edgekit.formats import onnx, safetensors
 from edgekit.preprocess import FILE as PREPROCESS_FILE
 from edgekit.preprocess import Preprocessing
-from edgekit.recipe import Calibration
+from edgekit.recipe import Calibration, Recipe
 from edgekit.runtime import TensorSpec
 from edgekit.source import ModelSource, TorchModule
 
 TOKENIZER_FILE = "tokenizer.json"
 _SAMPLES = 64  # inputs that a model is calibrated on
+_FLOAT_BYTES = 4
 
 
 class GraphSource:
-    """What one export asks of its source, however often: the module, its trace, its samples."""
+    """What one export asks of its source, however often: the module, its trace, its samples.
+
+    ``data`` is the file or folder that ``calibration`` was asked to take, None for the built-in.
+    """
 
     def __init__(self) -> None:
-        self._data: Path | None = None
+        self.data: Path | None = None
         self._traced: torch_model.TracedModel | None = None
         self._own: TorchModule | None = None
 
@@ -63,8 +67,8 @@ class GraphSource:
             return None
         if choice == "none":
             return None
-        self._data = None if choice in (None, "builtin") else Path(str(choice))
-        name, digest = sample_inputs.identity(self._data)
+        self.data = None if choice in (None, "builtin") else Path(str(choice))
+        name, digest = sample_inputs.identity(self.data)
         return Calibration(name, digest, options.chunks or _SAMPLES, chunk_tokens=0)
 
     def samples(
@@ -81,37 +85,56 @@ class GraphSource:
             preprocessing,
             specs,
             folder=source.path if source.kind == "hf" else None,
-            data=self._data,
+            data=self.data,
             count=recipe_calibration.chunks,
             part="calibration",
         ).feeds
 
-    def weights(self, source: ModelSource) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """Name, shape and type of every weight, from headers alone where there are any."""
-        source = self.with_module(source)
-        if source.kind == "onnx":
-            for tensor in onnx.read(source.path).initializers:
-                yield tensor.name, tensor.shape, tensor.dtype
-        elif source.kind == "hf":
-            for file in source.files:
-                if file.endswith(".safetensors"):
-                    for each in safetensors.read(source.file_path(file)).tensors.values():
-                        yield each.name, each.shape, each.dtype
-        else:
-            for name, array in torch_model.own_module(source).module.state_dict().items():
-                yield name, tuple(array.shape), str(array.dtype).removeprefix("torch.")
+    def plan(
+        self, source: ModelSource, recipe: Recipe, weight_bytes: Mapping[str, float]
+    ) -> ExportPlan:
+        """Sizes from headers and shapes. Matrices and kernels are counted as quantized, whatever
+        stays float in the end, vectors as float32; ``weight_bytes`` are the bytes of a value by
+        type, scales included.
+        """
+        tensors = tuple(
+            _planned(name, shape, dtype, recipe.type, weight_bytes)
+            for name, shape, dtype in _weights(self.with_module(source))
+        )
+        size_bytes = sum(tensor.size_bytes for tensor in tensors)
+        elements = sum(math.prod(tensor.shape) for tensor in tensors)
+        return ExportPlan(
+            recipe=recipe,
+            size_bytes=size_bytes,
+            scratch_bytes=2 * _FLOAT_BYTES * elements,
+            bits_per_weight=size_bytes * 8 / max(1, elements),
+            tensors=tensors,
+            reference_bytes=_FLOAT_BYTES * elements,
+        )
 
 
-def planned(
+def _weights(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of every weight, from headers alone where there are any."""
+    if source.kind == "onnx":
+        for tensor in onnx.read(source.path).initializers:
+            yield tensor.name, tensor.shape, tensor.dtype
+    elif source.kind == "hf":
+        for file in source.files:
+            if file.endswith(".safetensors"):
+                for each in safetensors.read(source.file_path(file)).tensors.values():
+                    yield each.name, each.shape, each.dtype
+    else:
+        for name, array in torch_model.own_module(source).module.state_dict().items():
+            yield name, tuple(array.shape), str(array.dtype).removeprefix("torch.")
+
+
+def _planned(
     name: str,
     shape: tuple[int, ...],
     source_type: str,
     kind: str,
     weight_bytes: Mapping[str, float],
 ) -> TensorPlan:
-    """What becomes of a weight in the type ``kind``: matrices and kernels are quantized, vectors
-    are not. ``weight_bytes`` are the bytes of a value by type, scales included.
-    """
     wanted = kind if len(shape) > 1 else "F32"
     return TensorPlan(
         name=name,

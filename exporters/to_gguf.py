@@ -47,10 +47,7 @@ class GgufExporter:
             )
         if options.fusion != "auto":
             raise RecipeError("a GGUF has no operators to fuse", hint="drop --no-fusion")
-        if options.bits is not None and options.type is not None:
-            raise RecipeError(
-                "give --bits or --type, not both", hint="--bits stands for one default type"
-            )
+        quant.check_choice(options.bits, options.type)
         if options.type is not None:
             kind = quant.gguf_type(options.type)
             wanted = quant.wants_imatrix(kind)

@@ -8,16 +8,14 @@ its neighbours on this shelf. Never imports a runtime of edgekit.
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgekit import quant, sample_inputs
 from edgekit.errors import RecipeError
-from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress, TensorPlan
+from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress
 from edgekit.exporters import (
     fusion,
     onnx_graph,
@@ -27,22 +25,20 @@ from edgekit.exporters import (
     torch_towers,
     via_optimum,
 )
+from edgekit.exporters.graph_source import TOKENIZER_FILE, GraphSource, companions
 from edgekit.exporters.to_onnx_lm import OnnxLanguageExporter, takes
 from edgekit.exporters.torch_model import TracedModel
-from edgekit.formats import onnx, safetensors
+from edgekit.formats import onnx
 from edgekit.preprocess import FILE as PREPROCESS_FILE
 from edgekit.preprocess import Preprocessing, of_folder
-from edgekit.recipe import Calibration, Recipe
+from edgekit.recipe import Recipe
 from edgekit.runtime import TensorSpec
-from edgekit.source import ModelSource, TorchModule
+from edgekit.source import ModelSource
 
 MODEL_FILE = "model.onnx"
-TOKENIZER_FILE = "tokenizer.json"
 _QUANTIZED = "quantized-"
 _DEFAULT_BITS = 8
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_SAMPLES = 64  # inputs that a model is calibrated on
-_FLOAT_BYTES = 4
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 # Bytes of a weight of a matrix or a kernel, its scales included.
 _WEIGHT_BYTES = {
@@ -61,9 +57,8 @@ class OnnxExporter:
     """One export: ``recipe`` first, then ``plan``, then ``run`` (edgekit.exporter.Exporter)."""
 
     def __init__(self) -> None:
-        self._data: Path | None = None
+        self._origin = GraphSource()
         self._traced: tuple[Preprocessing, dict[str, TracedModel]] | None = None
-        self._own: TorchModule | None = None
         self._language: OnnxLanguageExporter | None = None
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
@@ -73,14 +68,11 @@ class OnnxExporter:
         if takes(source):
             self._language = OnnxLanguageExporter()
             return self._language.recipe(source, options)
-        if options.bits is not None and options.type is not None:
-            raise RecipeError(
-                "give --bits or --type, not both", hint="--bits stands for one default type"
-            )
+        quant.check_choice(options.bits, options.type)
         if options.adapter is not None:
             raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
         torch_model.check(source)
-        source = self._with_module(source)
+        source = self._origin.with_module(source)
         if options.type is not None:
             kind = quant.onnx_type(options.type)
         else:
@@ -89,48 +81,17 @@ class OnnxExporter:
         return Recipe(
             format="onnx",
             type=kind,
-            calibration=self._calibration(kind, options),
+            calibration=self._origin.calibration(kind, options, quant.TAKES_SAMPLES),
             overrides=options.overrides,
             fusion=options.fusion,
             via=options.via,
         )
 
-    def _with_module(self, source: ModelSource) -> ModelSource:
-        """A user's function is called once: another call might give other weights."""
-        if source.kind not in ("python", "run"):
-            return source
-        self._own = self._own or torch_model.own_module(source)
-        return replace(source, module=self._own)
-
-    def _calibration(self, kind: str, options: ExportOptions) -> Calibration | None:
-        choice = options.calibration
-        if kind not in quant.TAKES_SAMPLES:
-            if choice not in (None, "none") or options.chunks is not None:
-                raise RecipeError(f"{kind} looks at no inputs: a calibration has no use")
-            return None
-        if choice == "none":
-            return None
-        self._data = None if choice in (None, "builtin") else Path(str(choice))
-        name, digest = sample_inputs.identity(self._data)
-        return Calibration(name, digest, options.chunks or _SAMPLES, chunk_tokens=0)
-
     def plan(self, source: ModelSource, recipe: Recipe) -> ExportPlan:
-        """Sizes from headers and shapes; matrices are counted as quantized, whatever stays float
-        in the end.
-        """
+        """Sizes from headers and shapes."""
         if self._language:
             return self._language.plan(source, recipe)
-        tensors = tuple(_planned(self._with_module(source), recipe))
-        size_bytes = sum(tensor.size_bytes for tensor in tensors)
-        elements = sum(math.prod(tensor.shape) for tensor in tensors)
-        return ExportPlan(
-            recipe=recipe,
-            size_bytes=size_bytes,
-            scratch_bytes=2 * _FLOAT_BYTES * elements,
-            bits_per_weight=size_bytes * 8 / max(1, elements),
-            tensors=tensors,
-            reference_bytes=_FLOAT_BYTES * elements,
-        )
+        return self._origin.plan(source, recipe, _WEIGHT_BYTES)
 
     def run(
         self,
@@ -157,7 +118,7 @@ class OnnxExporter:
             ("model" if each.name == MODEL_FILE else "text-model", each.name) for each in graphs
         ]
         files += [("weights", path.name) for path in sorted(folder.glob("*.onnx.*"))]
-        files += _companions(source, steps, folder)
+        files += companions(source, steps, folder)
         details = [
             found | _form(folder / graph.name) | {"passes": fired, "traced_error": graph.off}
             for graph, found, fired in zip(graphs, facts, chosen.fired, strict=True)
@@ -199,7 +160,7 @@ class OnnxExporter:
             ]
         if self._traced is None:
             progress("load the model", 0, 1)
-            self._traced = _traced(self._with_module(source))
+            self._traced = _traced(self._origin.with_module(source))
             progress("load the model", 1, 1)
         steps, traced = self._traced
         graphs = []
@@ -238,11 +199,12 @@ class OnnxExporter:
         """Inputs of the part that a model is calibrated on."""
         header = onnx.read(graph.path)
         two = self._traced is not None and self._traced[0].matching
+        data = self._origin.data
         found = sample_inputs.samples(
             graph.steps,
             [TensorSpec(v.name, v.dtype, v.shape) for v in header.inputs],
             folder=source.path if source.kind == "hf" else source.path.parent,
-            data=sample_inputs.meant_for(graph.steps, self._data) if two else self._data,
+            data=sample_inputs.meant_for(graph.steps, data) if two else data,
             count=count,
             part="calibration",
         )
@@ -296,51 +258,10 @@ def _form(path: Path) -> dict[str, Any]:
     }
 
 
-def _companions(
-    source: ModelSource, preprocessing: Preprocessing, folder: Path
-) -> Iterator[tuple[str, str]]:
-    """Write what the runtime needs beside the graph, and name it."""
-    if preprocessing.task == "tensors":
-        return
-    (folder / PREPROCESS_FILE).write_bytes(preprocessing.to_bytes())
-    yield "preprocess", PREPROCESS_FILE
-    if preprocessing.text:
-        shutil.copyfile(source.file_path(TOKENIZER_FILE), folder / TOKENIZER_FILE)
-        yield "tokenizer", TOKENIZER_FILE
-
-
 def _is_convolutional(source: ModelSource) -> bool:
     if source.kind != "onnx":
         return torch_model.is_convolutional(source)
     return onnx_graph.is_convolutional(source.path)
-
-
-def _planned(source: ModelSource, recipe: Recipe) -> Iterator[TensorPlan]:
-    for name, shape, kind in _weights(source):
-        wanted = recipe.type if len(shape) > 1 else "F32"
-        yield TensorPlan(
-            name=name,
-            shape=shape,
-            source_type=kind,
-            type=wanted,
-            wanted=wanted,
-            size_bytes=round(math.prod(shape) * _WEIGHT_BYTES[wanted]),
-        )
-
-
-def _weights(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of every weight, from headers alone where there are any."""
-    if source.kind == "onnx":
-        for tensor in onnx.read(source.path).initializers:
-            yield tensor.name, tensor.shape, tensor.dtype
-    elif source.kind == "hf":
-        for file in source.files:
-            if file.endswith(".safetensors"):
-                for each in safetensors.read(source.file_path(file)).tensors.values():
-                    yield each.name, each.shape, each.dtype
-    else:
-        for name, array in torch_model.own_module(source).module.state_dict().items():
-            yield name, tuple(array.shape), str(array.dtype).removeprefix("torch.")
 
 
 def _spec(value: onnx.OnnxValue) -> dict[str, Any]:

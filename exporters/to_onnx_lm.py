@@ -58,10 +58,7 @@ class OnnxLanguageExporter:
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a precision; a calibration text to its hash."""
-        if options.bits is not None and options.type is not None:
-            raise RecipeError(
-                "give --bits or --type, not both", hint="--bits stands for one default type"
-            )
+        quant.check_choice(options.bits, options.type)
         if options.adapter is not None:
             raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
         if options.fusion != "auto":

@@ -7,7 +7,6 @@ neighbours on this shelf. Never imports a runtime of edgekit.
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from edgekit import quant
 from edgekit.errors import RecipeError, UnsupportedModelError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress
 from edgekit.exporters import tflite_quantizer, torch_model, torch_to_tflite
-from edgekit.exporters.graph_source import GraphSource, companions, planned
+from edgekit.exporters.graph_source import GraphSource, companions
 from edgekit.formats import tflite
 from edgekit.recipe import Recipe
 from edgekit.runtime import TensorSpec
@@ -26,7 +25,6 @@ from edgekit.source import ModelSource
 MODEL_FILE = "model.tflite"
 _FLOAT_FILE = "float.tflite"
 _DEFAULT_BITS = 8
-_FLOAT_BYTES = 4
 _PACKAGES = (
     *("torch", "transformers", "litert-torch", "litert-converter", "ai-edge-quantizer"),
     *("ai-edge-litert", "numpy"),
@@ -50,10 +48,7 @@ class TfliteExporter:
 
     def recipe(self, source: ModelSource, options: ExportOptions) -> Recipe:
         """``--bits`` or ``--type`` to a precision; calibration data to its hash."""
-        if options.bits is not None and options.type is not None:
-            raise RecipeError(
-                "give --bits or --type, not both", hint="--bits stands for one default type"
-            )
+        quant.check_choice(options.bits, options.type)
         if options.adapter is not None:
             raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
         if options.fusion != "auto":
@@ -84,23 +79,8 @@ class TfliteExporter:
         )
 
     def plan(self, source: ModelSource, recipe: Recipe) -> ExportPlan:
-        """Sizes from headers and shapes; matrices are counted as quantized, whatever stays float
-        in the end.
-        """
-        tensors = tuple(
-            planned(name, shape, dtype, recipe.type, _WEIGHT_BYTES)
-            for name, shape, dtype in self._origin.weights(source)
-        )
-        size_bytes = sum(tensor.size_bytes for tensor in tensors)
-        elements = sum(math.prod(tensor.shape) for tensor in tensors)
-        return ExportPlan(
-            recipe=recipe,
-            size_bytes=size_bytes,
-            scratch_bytes=2 * _FLOAT_BYTES * elements,
-            bits_per_weight=size_bytes * 8 / max(1, elements),
-            tensors=tensors,
-            reference_bytes=_FLOAT_BYTES * elements,
-        )
+        """Sizes from headers and shapes."""
+        return self._origin.plan(source, recipe, _WEIGHT_BYTES)
 
     def run(
         self,
