@@ -1,4 +1,4 @@
-"""What the recipes for image classifiers share: the loss, the augmentation, the figures on a test.
+"""What the recipes for image classifiers share: settings, loss, augmentation, figures on a test.
 
 Knows logits and labels; never a network's inside.
 """
@@ -6,16 +6,40 @@ Knows logits and labels; never a network's inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from edgekit.intervals import Interval
 from edgekit.training.images import Images, Labelled
+from edgekit.training.images import load as load_images
+from edgekit.training.settings import Settings, setting
 from edgekit.training.trainer import Batch, Loss
 
 _EVAL_BATCH = 500
 _RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class ClassifierSettings(Settings):
+    """Where the images come from, and how they are varied; the defaults are for Fashion-MNIST."""
+
+    data: str = setting(
+        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
+    )
+    side: int = setting(32, "a folder's images become side x side")
+    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
+    train_images: int = setting(0, "first images to train on; 0: all")
+    test_images: int = setting(0, "first images to test on; 0: all")
+    shift: int = setting(2, "augmentation: moved by up to so many pixels")
+    flip: bool = setting(True, "augmentation: mirrored")
+    smoothing: float = setting(0.1, "label smoothing")
+
+
+def load(settings: ClassifierSettings) -> Labelled:
+    """All images of ``settings``. Raises DataError."""
+    return load_images(settings.data, side=settings.side, channels=settings.channels)
 
 
 def loss_of(data: Labelled, *, smoothing: float, shift: int, flip: bool, turn: float = 0.0) -> Loss:

@@ -24,7 +24,6 @@ from edgekit.training import (
     classify,
     deploy,
     distillation,
-    images,
     residual,
     trained_residual,
 )
@@ -41,14 +40,11 @@ _SCORED = 1024  # images that the teacher's channels are scored by
 
 
 @dataclass(frozen=True)
-class DistillSettings(Settings):
+class DistillSettings(classify.ClassifierSettings):
     """Teacher, student and what is taught; the defaults are for Fashion-MNIST. ``steps`` are those
     of each student.
     """
 
-    data: str = setting(
-        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
-    )
     teacher: str = setting("", "folder of a network that prune left; empty: trained here")
     teacher_steps: int = setting(1600, "steps of a teacher that is trained here")
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
@@ -61,12 +57,6 @@ class DistillSettings(Settings):
     temperature: float = setting(4.0, "that softens the answers")
     answers: float = setting(0.9, "weight of the teacher's answers; the labels have the rest")
     features: float = setting(1.0, "weight of the teacher's features; 0 leaves them out")
-    side: int = setting(32, "a folder's images become side x side")
-    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
-    test_images: int = setting(0, "first images to test on; 0: all")
-    shift: int = setting(2, "augmentation: moved by up to so many pixels")
-    flip: bool = setting(True, "augmentation: mirrored")
     smoothing: float = setting(0.0, "label smoothing, of all three alike")
 
     def __post_init__(self) -> None:
@@ -79,7 +69,7 @@ class DistillSettings(Settings):
 
 def run(run: Run, settings: DistillSettings) -> TrainingReport:
     """Train the teacher if there is none, the student alone, and the student with it."""
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = classify.load(settings)
     work = _Work(
         run,
         settings,

@@ -25,31 +25,21 @@ from torch import nn
 from edgekit import _fs, intervals, network_folder
 from edgekit.errors import RecipeError
 from edgekit.network_folder import Network
-from edgekit.training import checkpoint, classify, deploy, images
+from edgekit.training import checkpoint, classify, deploy
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run
-from edgekit.training.settings import Settings, setting
+from edgekit.training.settings import setting
 from edgekit.training.trainer import Fitted, Task
 
 
 @dataclass(frozen=True)
-class MinimalSettings(Settings):
+class MinimalSettings(classify.ClassifierSettings):
     """The network's size and the data; the defaults are for Fashion-MNIST."""
 
-    data: str = setting(
-        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
-    )
     widths: tuple[int, ...] = setting((48, 112), "channels at a half, a quarter ... of the sides")
     blocks: tuple[int, ...] = setting((4, 5), "blocks of each width")
-    side: int = setting(32, "a folder's images become side x side")
-    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
-    test_images: int = setting(0, "first images to test on; 0: all")
-    shift: int = setting(2, "augmentation: moved by up to so many pixels")
-    flip: bool = setting(True, "augmentation: mirrored")
     turn: float = setting(0.0, "augmentation: turned by up to so many degrees, scaled by a tenth")
-    smoothing: float = setting(0.1, "label smoothing")
     baseline: bool = setting(True, "train the network of 3x3 convolutions too")
 
     def __post_init__(self) -> None:
@@ -126,7 +116,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def run(run: Run, settings: MinimalSettings) -> TrainingReport:
     """Train the network, and its baseline; write the first with the report of both."""
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = classify.load(settings)
     train = data.train.first(settings.train_images)
     test = data.test.first(settings.test_images)
     sizes = 2 ** len(settings.widths)

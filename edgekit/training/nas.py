@@ -30,7 +30,6 @@ from edgekit.plan import profile_of
 from edgekit.training import (
     classify,
     deploy,
-    images,
     residual,
     search,
     trained_residual,
@@ -41,7 +40,7 @@ from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run
 from edgekit.training.search import Search, Tried
-from edgekit.training.settings import Settings, setting
+from edgekit.training.settings import setting
 from edgekit.training.trained_residual import Trained, weights
 from edgekit.training.trainer import Status, Task
 from edgekit.vision_cost import VisionCost
@@ -51,14 +50,11 @@ _CHECKED = 5  # networks of the front whose whole graphs are measured
 
 
 @dataclass(frozen=True)
-class NasSettings(Settings):
+class NasSettings(classify.ClassifierSettings):
     """The space, the clock and the data; the defaults are for Fashion-MNIST. ``steps`` are those of
     the network that is chosen, and of the one drawn by hand.
     """
 
-    data: str = setting(
-        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
-    )
     hours: float = setting(0.25, "of search, over all starts together")
     workers: int = setting(1, "trials at a time, each on a thread of its own")
     board: str = setting("", "a device profile that tells the latency; empty: measured here")
@@ -72,14 +68,7 @@ class NasSettings(Settings):
     give: float = setting(0.005, "accuracy that is given up for speed when one is chosen")
     max_ms: float = setting(0.0, "slowest network that may be chosen; 0: any")
     baseline: bool = setting(True, "train a network that was drawn by hand too")
-    side: int = setting(32, "a folder's images become side x side")
-    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
-    test_images: int = setting(0, "first images to test on; 0: all")
     held_images: int = setting(4000, "of these, that the search judges by; none is trained on")
-    shift: int = setting(2, "augmentation: moved by up to so many pixels")
-    flip: bool = setting(True, "augmentation: mirrored")
-    smoothing: float = setting(0.1, "label smoothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +86,7 @@ def run(run: Run, settings: NasSettings) -> TrainingReport:
     """Search, choose, train what was chosen; the study lies beside it in the folder."""
     if run.accelerator.num_processes > 1:
         raise RecipeError("nas has workers of its own", hint="start it as one process")
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = classify.load(settings)
     train, _ = data.train.first(settings.train_images).parted(settings.held_images)
     work = _Work(run, settings, data, train, data.test.first(settings.test_images))
     times: Times = Predicted(profile_of(settings.board)) if settings.board else Measured()

@@ -28,7 +28,6 @@ from edgekit.training import (
     channel_groups,
     classify,
     deploy,
-    images,
     residual,
     sensitivity_scan,
     sparsity,
@@ -53,24 +52,14 @@ _TRIES, _NEAR = 5, 0.98
 
 
 @dataclass(frozen=True)
-class PruneSettings(Settings):
+class PruneSettings(classify.ClassifierSettings):
     """The network, the data, and how far to cut; the defaults are for Fashion-MNIST."""
 
-    data: str = setting(
-        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
-    )
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage")
     blocks: tuple[int, ...] = setting((1, 1, 1), "blocks of each stage")
     expand: float = setting(1.0, "how many times as wide a block is inside")
-    side: int = setting(32, "a folder's images become side x side")
-    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
-    test_images: int = setting(0, "first images to test on; 0: all")
     held_images: int = setting(2000, "of these, that choices are made by; none is trained on")
-    shift: int = setting(2, "augmentation: moved by up to so many pixels")
-    flip: bool = setting(True, "augmentation: mirrored")
-    smoothing: float = setting(0.1, "label smoothing")
     speedup: float = setting(2.3, "times as fast as the uncut network")
     board: str = setting("", "a device profile that tells the latency; empty: measured here")
     criterion: Literal["l1", "taylor", "bn", "activation"] = setting(
@@ -106,7 +95,7 @@ class PruneSettings(Settings):
 
 def run(run: Run, settings: PruneSettings) -> TrainingReport:
     """Train, cut and tune; the folder has the cut network, and the uncut one in ``unpruned``."""
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = classify.load(settings)
     train, held = data.train.first(settings.train_images).parted(settings.held_images)
     test = data.test.first(settings.test_images)
     work = _Work(run, settings, data, train, held, test)

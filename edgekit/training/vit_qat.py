@@ -26,12 +26,12 @@ from torch import nn
 from edgekit import _fs, network_folder, runtime
 from edgekit.errors import RecipeError
 from edgekit.network_folder import Network
-from edgekit.training import checkpoint, classify, deploy, folded_vit, images, post_training, vit
+from edgekit.training import checkpoint, classify, deploy, folded_vit, post_training, vit
 from edgekit.training.images import Images, Labelled
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run
-from edgekit.training.settings import Settings, setting
+from edgekit.training.settings import setting
 from edgekit.training.trainer import Batch, Loss, Task
 
 _FORMAT = re.compile(r"w[2-4]a[2-8]", re.ASCII)
@@ -40,12 +40,9 @@ _BATCH = 500  # test images that the exported file is asked at once
 
 
 @dataclass(frozen=True)
-class VitQatSettings(Settings):
+class VitQatSettings(classify.ClassifierSettings):
     """The network's size, the data and the formats; the defaults are for Fashion-MNIST."""
 
-    data: str = setting(
-        "fashion-mnist", "fashion-mnist, mnist, or a folder with one folder a class"
-    )
     formats: tuple[str, ...] = setting(
         ("w4a4", "w3a3", "w2a4"), "bits of weights and activations; the first is the run's model"
     )
@@ -59,13 +56,6 @@ class VitQatSettings(Settings):
     tune_lr: float = setting(5e-4, "their highest learning rate")
     distill: float = setting(0.5, "part of their loss that is the teacher's answer")
     calibration: int = setting(512, "training images that ranges are first fitted to")
-    side: int = setting(32, "a folder's images become side x side")
-    channels: int = setting(3, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
-    test_images: int = setting(0, "first images to test on; 0: all")
-    shift: int = setting(2, "augmentation: moved by up to so many pixels")
-    flip: bool = setting(True, "augmentation: mirrored")
-    smoothing: float = setting(0.1, "label smoothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +82,7 @@ def run(run: Run, settings: VitQatSettings) -> TrainingReport:
     """Train the float network, the control and each format; write the first format's network with
     the report of all.
     """
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = classify.load(settings)
     train = data.train.first(settings.train_images)
     test = data.test.first(settings.test_images)
     if any(side % settings.patch for side in data.shape[1:]):
