@@ -4,8 +4,8 @@ Knows the order of the layers and what each token counts; never a recipe or a fi
 one matrix is rounded (``lm_rounding``).
 
 A layer sees what the layers before it, already rounded, make of the text. (To ask it for what the
-float model makes of the text, as in https://arxiv.org/abs/2504.02692, made the model far worse: a
-few tokens decide what is asked for.) Tokens do not count alike:
+float model makes of the text, as in https://arxiv.org/abs/2504.02692, made SmolLM2 far worse: a
+mean KL of 1.5 for 0.09.) Tokens do not count alike:
 
 - Every later token looks at the first one (attention sinks, https://arxiv.org/abs/2309.17453), so
   an error in its query, key and value reaches them all: there it counts as often as they are many.

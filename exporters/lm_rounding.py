@@ -19,9 +19,10 @@ from edgekit.exporters.lm_graph import Blocks
 _BITS = 4
 _TOP = np.float32((1 << _BITS) - 1)
 # Added to the diagonal of X'X, for a text is only a sample: of the diagonal itself, which takes the
-# step towards rounding by importance alone, and of its mean, which keeps it invertible.
+# step towards rounding by importance alone (0.1 and 0.03 lost more of SmolLM2 on text that nothing
+# was fitted to), and of its mean, which keeps it invertible.
 _TRUST, _DAMPING = 0.3, 1e-4
-_SWEEPS = 3
+_SWEEPS = 3  # over all blocks
 
 
 def fit(weights: Array, square: Array) -> tuple[Blocks, float]:
