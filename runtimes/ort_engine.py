@@ -16,11 +16,9 @@ import onnxruntime
 from edgekit import language_model
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.runtime import DEFAULT_N_CTX
+from edgekit.runtimes import ort_start
 from edgekit.runtimes.hf_tokens import HfTokens
 from edgekit.runtimes.token_engine import Logits
-
-ERRORS_ONLY = 4  # of the log: 3 would print what the errors say already
-_CPU = "CPUExecutionProvider"
 
 
 class _Bound(NamedTuple):
@@ -78,7 +76,7 @@ class OrtEngine:
             self._with_hidden = hidden
             self._newest = self._single = self._bound(1, 1)
         except Exception as error:
-            raise LoadError(f"ONNX Runtime refuses {path}: {reason(error)}") from None
+            raise LoadError(f"ONNX Runtime refuses {path}: {ort_start.reason(error)}") from None
 
     # Buffers
 
@@ -147,7 +145,7 @@ class OrtEngine:
         try:
             self._session.run_with_iobinding(bound.binding)
         except Exception as error:  # the engine's own kinds, which have no common base
-            raise InferenceError(f"ONNX Runtime failed: {reason(error)}") from None
+            raise InferenceError(f"ONNX Runtime failed: {ort_start.reason(error)}") from None
 
     def logits(self, row: int = -1) -> Logits:
         """Logits of one output of the last decode, shape [n_vocab]; a view, until the next one."""
@@ -217,25 +215,10 @@ class OrtEngine:
 
 def started(path: Path, threads: int, *, spin: bool = True) -> Any:
     """An engine's session. Raises LoadError."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = ERRORS_ONLY
+    options = ort_start.options_for(threads)
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[_CPU])
-    except Exception as error:  # the engine's own kinds, which have no common base
-        raise LoadError(
-            f"ONNX Runtime refuses {path}: {reason(error)}",
-            hint="export the model again, or with a newer onnxruntime",
-        ) from None
-
-
-def reason(error: Exception) -> str:
-    """The engine's words in one line, without its numbers."""
-    text = " ".join(str(error).split())
-    return text.rpartition(" : ")[2][:300] or type(error).__name__
+    return ort_start.opened(path, options)
 
 
 def _value(array: Any) -> Any:

@@ -59,19 +59,20 @@ def started(path: Path, threads: int, kept: str) -> Any:
 
 def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     """``optimized`` is where the engine writes what it made of the graph."""
-    options = _options(threads)
+    options = options_for(threads)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return _opened(path, options, disabled_optimizers=list(_SLOW_FUSIONS))
+    return opened(path, options, disabled_optimizers=list(_SLOW_FUSIONS))
 
 
 def _optimized(path: Path, threads: int) -> Any:
-    options = _options(threads)
+    options = options_for(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _opened(path, options)
+    return opened(path, options)
 
 
-def _options(threads: int) -> Any:
+def options_for(threads: int) -> Any:
+    """The engine's own SessionOptions: quiet, one operator at a time."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -79,7 +80,8 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _opened(path: Path, options: Any, **more: Any) -> Any:
+def opened(path: Path, options: Any, **more: Any) -> Any:
+    """An engine's session as it comes, nothing kept. Raises LoadError."""
     try:
         return onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], **more
