@@ -37,7 +37,11 @@ CATALOGUE = {
         "benchmarks/train/run minimal",
     ),
     "nas": Entry("A network found by a search: accuracy against latency and memory, in hours."),
-    "prune": Entry("A convolutional network cut down channel by channel to a latency, and tuned."),
+    "prune": Entry(
+        "A convolutional network cut down channel by channel to a latency, and tuned.",
+        "2.04 times as fast in ONNX Runtime at 90.97% on Fashion-MNIST, uncut 92.27%",
+        "benchmarks/train/run prune",
+    ),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
     "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
     "vit-qat": Entry(
