@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import _proc, machine, sample_inputs, telemetry
+from edgekit.page_cache import drop_from_page_cache
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.runtime import LoadParams, Session, load
 
-_PROBED = 16  # places of a file that are looked for in the page cache
 _TICK_S = 0.02
 _ASLEEP = 0.1  # the part of a tick that sleeping threads may still use
 _PATIENCE_S = 3.0
@@ -238,32 +238,3 @@ class _Child:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) << 10
         return None
-
-
-def drop_from_page_cache(path: Path) -> str | None:
-    """Let the kernel forget a file, so that the next read comes from the disk.
-
-    Returns why it did not; None when the file is gone from memory.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        places = [size * i // _PROBED for i in range(_PROBED)]
-        cached = sum(is_cached(descriptor, place) for place in places)
-    except (OSError, AttributeError) as error:
-        return f"the page cache cannot be emptied or looked into here ({error})"
-    finally:
-        os.close(descriptor)
-    if cached:
-        return f"the kernel kept the file in memory ({cached} of {_PROBED} places looked at)"
-    return None
-
-
-def is_cached(descriptor: int, offset: int) -> bool:
-    """Whether the byte at ``offset`` of an open file can be read without waiting for the disk."""
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
-    except BlockingIOError:
-        return False

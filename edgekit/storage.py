@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from edgekit import _fs
-from edgekit.bench_worker import drop_from_page_cache
 from edgekit.exporter import Progress, no_progress
+from edgekit.page_cache import drop_from_page_cache
 
 # Written in a second or two on an SD card, and large beside what a card does for one request.
 _SIZE_BYTES = 64 << 20

@@ -21,8 +21,9 @@ import edgekit
 from edgekit import report
 from edgekit.bench_plan import Sweep, settings_of, sweep_like
 from edgekit.bench_side import EngineSide
-from edgekit.bench_worker import _Child, drop_from_page_cache, is_cached
+from edgekit.bench_worker import _Child
 from edgekit.errors import UsageError
+from edgekit.page_cache import drop_from_page_cache, share_in_page_cache
 from edgekit.registry import RUNTIMES
 
 TINY = ("-t", "1", "-p", "16", "-n", "8", "-r", "2", "--no-probe")
@@ -126,10 +127,11 @@ def test_a_file_leaves_the_page_cache_or_the_reason_is_said(tmp_path: Path) -> N
         out.write(os.urandom(1 << 20))
     file.read_bytes()
     with file.open("rb") as opened:
-        assert is_cached(opened.fileno(), 0)
+        assert share_in_page_cache(opened.fileno()) == 1
         # Whether the kernel lets go of it may change from call to call.
         reason = drop_from_page_cache(file)
-        assert reason or not is_cached(opened.fileno(), 0)
+        cached = share_in_page_cache(opened.fileno())
+        assert (reason is None) == (cached == 0)
 
 
 def test_idle_children_sleep_until_their_next_turn(smollm2_gguf: Path) -> None:
