@@ -20,6 +20,7 @@ from edgekit.formats.ggml_types import TYPES
 from edgekit.formats.gguf import GgufHeader
 from edgekit.runtime import DEFAULT_N_CTX, KV_TYPES, LoadParams
 from edgekit.runtimes.gpu_layers import layers_that_fit
+from edgekit.runtimes.huge_pages import HugePages
 from edgekit.runtimes.signal_flag import SignalFlag
 from edgekit.runtimes.token_engine import Logits
 
@@ -86,9 +87,14 @@ class Engine:
         wanted = llama.llama_model_default_params()
         layers = params.n_gpu_layers
         wanted.n_gpu_layers = layers_that_fit(header, params) if layers is None else layers
+        pages = HugePages()
         with self._signals.watching() as noted:
-            go_on = llama.llama_progress_callback(lambda _done, _: not noted)
-            wanted.progress_callback = go_on
+
+            def go_on(_done: float, _: Any) -> bool:
+                pages.advise()  # the first call comes when the weights have their memory, empty
+                return not noted
+
+            wanted.progress_callback = llama.llama_progress_callback(go_on)
             self._model = llama.llama_model_load_from_file(os.fsencode(path), wanted)
         self._or_reason(self._model, f"cannot load {path}")
 

@@ -1,13 +1,14 @@
 """Decode, prefill and memory of ``edgekit.load().stream()`` against llama-bench.
 
 Four tables: the same flags and threads on both sides; the same against llama-bench's calls made in
-edgekit's own process, in turns of less than a second; edgekit's automatic settings against the
-best row of a sweep over llama-bench's; peak memory while generating. But for the second, every
-repetition starts fresh processes, in turn, and a ratio compares the two of one repetition.
-edgekit's clock stands outside: tokenizing, sampling and text are in its figures, and llama-bench
-does none of them. Neighbours on a shared machine only ever slow a run down, so beside the median of
-the ratios stand the interval in which it lies with 95% certainty, and the ratio of the fastest runs
-of both sides. Many short turns tell more than few long ones: ``--prompt 128 --answer 32``.
+edgekit's own process, in turns of less than a second; edgekit's automatic settings against the best
+row of a sweep over llama-bench's, chosen in the other turns; peak memory while generating. But for
+the second, every repetition starts fresh processes, in turn, and a ratio compares the two of one
+repetition. edgekit's clock stands outside: tokenizing, sampling and text are in its figures, and
+llama-bench does none of them. Neighbours on a shared machine only ever slow a run down, so beside
+the median of the ratios stand the interval in which it lies with 95% certainty, and the ratio of
+the fastest runs of both sides. Many short turns tell more than few long ones: ``--prompt 128
+--answer 32``.
 """
 
 from __future__ import annotations
@@ -250,10 +251,23 @@ def automatic(
     for kind, by_test in sweep.items():
         best[kind] = {}
         for test, rows in by_test.items():
-            setting = max(rows, key=lambda name: statistics.median(rows[name]))
-            best[kind][test] = setting
-            found[kind][test].peer = rows[setting]
+            best[kind][test] = _best_row(rows)
+            found[kind][test].peer = [_unseen_best(rows, turn) for turn in range(reps)]
     return found, best
+
+
+def _best_row(rows: dict[str, list[float]]) -> str:
+    return max(rows, key=lambda name: statistics.median(rows[name]))
+
+
+def _unseen_best(rows: dict[str, list[float]], turn: int) -> float:
+    """tok/s in ``turn`` of the row that is best in all the other turns.
+
+    The best of several noisy rows looks better than it is (the winner's curse); a row that is
+    chosen without the turn that it is compared in does not.
+    """
+    others = {name: speeds[:turn] + speeds[turn + 1 :] or speeds for name, speeds in rows.items()}
+    return rows[_best_row(others)][turn]
 
 
 def thread_counts(cores: int) -> list[int]:

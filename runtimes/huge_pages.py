@@ -1,0 +1,63 @@
+"""Large pages for the memory that an engine takes for weights, before anything lies in it.
+
+Knows the kernel's pages; never an engine. Every weight is read once for each token, and with pages
+of 4 KiB the processor looks up half a million addresses on the way, twice where the machine is
+virtual. Most distributions give pages of 2 MiB to those who ask ("madvise"), and C libraries do
+not ask (https://docs.kernel.org/admin-guide/mm/transhuge.html).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+_MADV_HUGEPAGE = 14
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+_MAPS = Path("/proc/self/maps")
+# Start, end and rights of a mapping that belongs to no file.
+_ANONYMOUS = re.compile(r"(?m)^([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *$")
+
+
+class HugePages:
+    """Remembers what is mapped when it is made; ``advise`` asks for what came since."""
+
+    def __init__(self) -> None:
+        self._size = _huge_page_bytes()
+        self._before = set(_mappings()) if self._size else set()
+
+    def advise(self) -> int:
+        """Ask for large pages in every mapping that is new and untouched; once. Bytes asked for.
+
+        0 where the kernel has none, or gives them to nobody. What it cannot give, it leaves small.
+        """
+        if not self._size:
+            return 0
+        size, self._size = self._size, 0
+        madvise = ctypes.CDLL(None).madvise
+        asked = 0
+        for start, end in set(_mappings()) - self._before:
+            start, end = -(-start // size) * size, end // size * size
+            if start < end and not madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE
+            ):
+                asked += end - start
+        return asked
+
+
+def _huge_page_bytes() -> int:
+    """The size of a large page; 0 where a process cannot ask for one."""
+    try:
+        if "[never]" in (_SETTINGS / "enabled").read_text():
+            return 0
+        return int((_SETTINGS / "hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _mappings() -> list[tuple[int, int]]:
+    try:
+        found = _ANONYMOUS.findall(_MAPS.read_text())
+    except OSError:
+        return []
+    return [(int(start, 16), int(end, 16)) for start, end in found]
