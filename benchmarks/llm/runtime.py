@@ -1,14 +1,14 @@
 """Decode, prefill and memory of ``edgekit.load().stream()`` against llama-bench.
 
-Four tables: the same flags and threads on both sides; the same against llama-bench's calls made in
-edgekit's own process, in turns of less than a second; edgekit's automatic settings against the best
-row of a sweep over llama-bench's, chosen in the other turns; peak memory while generating. But for
-the second, every repetition starts fresh processes, in turn, and a ratio compares the two of one
-repetition. edgekit's clock stands outside: tokenizing, sampling and text are in its figures, and
-llama-bench does none of them. Neighbours on a shared machine only ever slow a run down, so beside
-the median of the ratios stand the interval in which it lies with 95% certainty, and the ratio of
-the fastest runs of both sides. Many short turns tell more than few long ones: ``--prompt 128
---answer 32``.
+Four tables: the same flags and threads on both sides; edgekit's own settings against llama-bench's
+calls in the same process and context, in turns of less than a second; edgekit's automatic settings
+against the best row of a sweep over llama-bench's, chosen in the other turns; peak memory while
+generating. But for the second, every repetition starts fresh processes, in turn, and a ratio
+compares the two of one repetition. edgekit's clock stands outside: tokenizing, sampling and text
+are in its figures, and llama-bench does none of them. Neighbours on a shared machine only ever slow
+a run down, so beside the median of the ratios stand the interval in which it lies with 95%
+certainty, and the ratio of the fastest runs of both sides. Many short turns tell more than few long
+ones: ``--prompt 128 --answer 32``.
 """
 
 from __future__ import annotations
@@ -232,21 +232,28 @@ def automatic(
     sweep: dict[str, dict[str, dict[str, list[float]]]] = {
         kind: {test: {} for test in tests} for kind in models
     }
-    threads = ",".join(str(count) for count in thread_counts(measure.cores()))
 
     def edgekit_side(kind: str) -> None:
         for test, (seen, own) in ours.speeds(models[kind], {}, tests).items():
             found[kind][test].seen.append(seen)
             found[kind][test].own.append(own)
 
-    def peer_side(kind: str) -> None:
-        rows = theirs.speeds(models[kind], "-t", threads, "-fa", "0,1", behind=False)
+    def row_side(threads: int, flash: int, kind: str) -> None:
+        rows = theirs.speeds(models[kind], "-t", threads, "-fa", flash, behind=False)
         for test, setting, speed in rows:
             sweep[kind][test].setdefault(setting, []).append(speed)
 
+    # A process for each row: the last row of a long process finds a machine that is wide awake.
+    sides: list[Any] = [
+        partial(row_side, threads, flash)
+        for threads in thread_counts(measure.cores())
+        for flash in (0, 1)
+    ]
+    sides.insert(len(sides) // 2, edgekit_side)
+
     for model in models.values():
         ours.settle(model)
-    _in_turn("automatic settings", models, reps, edgekit_side, peer_side)
+    _in_turn("automatic settings", models, reps, *sides)
     best: dict[str, dict[str, str]] = {}
     for kind, by_test in sweep.items():
         best[kind] = {}
@@ -350,10 +357,9 @@ def main() -> None:
         _same_table(same, work, threads, reps)
         figures["same_settings"] = same
     if "calls" in tables:
-        load = {"n_threads": threads, "flash_attention": True, "n_ctx": ours.n_ctx}
-        calls = same_calls(models, work, load, reps * _CALLS_A_REP)
+        calls = same_calls(models, work, {"n_ctx": ours.n_ctx}, reps * _CALLS_A_REP)
         measure.table(
-            f"The same calls in one process: -t {threads} -fa 1, prompt {work.prompt}, answer"
+            f"The same calls in one process, edgekit's own settings, prompt {work.prompt}, answer"
             f" {work.answer} (median and range of {reps * _CALLS_A_REP})",
             [_HEAD[0], _HEAD[1], "bare calls tok/s", *_HEAD[3:6], f"at least {TARGET_SAME}"],
             list(_speed_rows(calls, TARGET_SAME, None)),
