@@ -1,7 +1,7 @@
 """Two models of tensors side by side: whether they answer alike, and where they part.
 
-Works on sessions of any runtime, and looks inside where both are ONNX files; never knows how a
-model was made.
+Works on sessions of any runtime, and looks inside ONNX files and TFLite files beside one; never
+knows how a model was made.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import exporter, preprocess, sample_inputs
+from edgekit import exporter, language_model, preprocess, sample_inputs
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
@@ -39,9 +39,8 @@ class Comparison:
 
 def is_of_tensors(model: Path) -> bool:
     """Whether a path is no language model's: an artifact or a bare file of tensors."""
-    if is_artifact(model):
-        return Artifact.open(model).format != "gguf"
-    return model.suffix.lower() in _SUFFIXES
+    file = _file(model)
+    return file.suffix.lower() in _SUFFIXES and not language_model.is_one(file)
 
 
 def compare(
@@ -95,7 +94,7 @@ def _compare(
     progress: Progress,
 ) -> Comparison:
     # Not before they are needed: language models are evaluated without these engines.
-    from edgekit.runtimes import aligned, onnx_layers, tensor_agreement
+    from edgekit.runtimes import aligned, tensor_agreement
 
     mine: Any = sessions[0]
     theirs: Any = aligned.Aligned(sessions[1], sessions[0])
@@ -110,7 +109,27 @@ def _compare(
     agreement = tensor_agreement.measure(mine, theirs, found, steps, progress)
     inside, blind = None, None
     if layers:
-        blind = next((path.name for path in files if path.suffix.lower() != ".onnx"), None)
-        if blind is None:
-            inside = onnx_layers.losses(files[0], files[1], found.feeds[:_LAYER_SAMPLES], progress)
+        inside = _inside(files, found.feeds[:_LAYER_SAMPLES], theirs, progress)
+        blind = None if inside else next(f.name for f in files if f.suffix.lower() != ".onnx")
     return Comparison(part, agreement, inside, blind)
+
+
+def _inside(
+    files: list[Path], feeds: list[dict[str, Any]], theirs: Any, progress: Progress
+) -> LayerLosses | None:
+    """``feeds`` are those of the first file; ``theirs`` knows how the second one takes them. None
+    where neither is an ONNX file.
+    """
+    from edgekit.runtimes import onnx_layers
+
+    suffixes = [path.suffix.lower() for path in files]
+    if suffixes == [".onnx", ".onnx"]:
+        return onnx_layers.losses(files[0], files[1], feeds, progress)
+    if ".onnx" not in suffixes:
+        return None
+    from edgekit.runtimes import tflite_layers
+
+    pairs = [(feed, theirs.feeds(feed)) for feed in feeds]
+    if suffixes[0] == ".onnx":
+        return tflite_layers.losses(files[0], files[1], pairs, progress)
+    return tflite_layers.losses(files[1], files[0], [(b, a) for a, b in pairs], progress)

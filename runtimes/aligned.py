@@ -29,14 +29,18 @@ class Aligned:
         self._in = _pairs(like.inputs, other.inputs, "inputs")
         self._out = _pairs(like.outputs, other.outputs, "outputs")
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``like`` would be called."""
+    def feeds(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of ``like`` as ``other`` takes them."""
         feeds = {}
         for mine, theirs in self._in:
             value = np.asarray(inputs[mine.name])
             value = _moved(value, _axes(mine), _axes(theirs))
             feeds[theirs.name] = value.astype(theirs.dtype, copy=False)
-        found = self._other.run(feeds)
+        return feeds
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As ``like`` would be called."""
+        found = self._other.run(self.feeds(inputs))
         return {
             mine.name: _moved(found[theirs.name], _axes(theirs), _axes(mine))
             for mine, theirs in self._out

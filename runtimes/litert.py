@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,54 @@ class _Graph:
             return [self._engine.get_tensor(number) for number in self._outputs.values()]
         except (ValueError, RuntimeError, TypeError) as error:
             raise InferenceError(f"LiteRT failed: {_reason(error)}") from None
+
+
+class Inside:
+    """A graph whose every value can be seen: the engine's own kernels, without XNNPACK, which shows
+    nothing of what it runs.
+    """
+
+    def __init__(self, path: Path, header: tflite.TfliteHeader) -> None:
+        """Raises LoadError."""
+        self._inputs = header.inputs
+        try:
+            with _quiet():
+                self._engine = _LIBRARY.Interpreter(
+                    model_path=str(path),
+                    num_threads=1,
+                    experimental_op_resolver_type=(
+                        _LIBRARY.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                    ),
+                    experimental_preserve_all_tensors=True,
+                )
+                self._engine.allocate_tensors()
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise LoadError(f"LiteRT refuses {path}: {_reason(error)}") from None
+        self._details = {each["index"]: each for each in self._engine.get_tensor_details()}
+
+    def run(self, feeds: Mapping[str, Any], wanted: Iterable[int]) -> dict[int, Any]:
+        """Values by the numbers of their tensors, as floats; those of another kind are left out.
+        Raises InferenceError.
+        """
+        try:
+            for name, value in feeds.items():
+                self._engine.set_tensor(self._inputs[name], value)
+            self._engine.invoke()
+            return {
+                number: self._as_floats(number)
+                for number in wanted
+                if self._details[number]["dtype"] in (np.float32, np.int8, np.uint8, np.int16)
+            }
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InferenceError(f"LiteRT failed: {_reason(error)}") from None
+
+    def _as_floats(self, number: int) -> Any:
+        value = self._engine.get_tensor(number)
+        how = self._details[number]["quantization_parameters"]
+        scales, zeros = how["scales"], how["zero_points"]
+        if len(scales) != 1:
+            return value.astype(np.float32)
+        return (value.astype(np.float32) - np.float32(zeros[0])) * np.float32(scales[0])
 
 
 def _reason(error: Exception) -> str:

@@ -139,11 +139,16 @@ class _Watch:
         self._spreads.setdefault(name, _Spread(columns)).add(values)
 
 
-class _WatchedEngine(Engine):
-    """An engine whose every graph node passes ``watch``."""
+class WatchedEngine(Engine):
+    """An engine whose every graph node passes ``watch``, its evaluation callback."""
 
     def __init__(
-        self, path: Path, header: GgufHeader, params: LoadParams, threads: int, watch: _Watch
+        self,
+        path: Path,
+        header: GgufHeader,
+        params: LoadParams,
+        threads: int,
+        watch: Callable[[int, bool, Any], bool],
     ) -> None:
         self._watch = libllama().ggml_backend_sched_eval_callback(watch)  # must outlive the context
         super().__init__(path, header, params, threads=(threads, threads))
@@ -163,7 +168,7 @@ def _outliers(
     params = LoadParams(n_ctx=n_ctx, n_batch=n_ctx, n_gpu_layers=0)
     header = gguf.read(Path(path))
     count = threads or thread_counts.first_guess()[1]
-    engine = _WatchedEngine(Path(path), header, params, count, watch)
+    engine = WatchedEngine(Path(path), header, params, count, watch)
     tokens = list(engine.tokenize(text, special=False))
     total = min(len(tokens) // n_ctx, chunks or len(tokens))
     if total < 1:

@@ -24,7 +24,7 @@ _GRAPH, _OUTPUT, _NAME = b"\x3a", b"\x62", b"\x0a"
 _EQUAL_DB = 150.0  # beyond what float32 can tell
 _ROUNDING_DB = 100.0  # other kernels add up in another order
 _SOUND_DB = 30.0  # of a value before any loss: what 8 bits cost at most in sound layers
-_BREAK_DB = 6.0  # lost in one layer: twice the error's amplitude
+BREAK_DB = 6.0  # lost in one layer: twice the error's amplitude
 
 
 def losses(
@@ -41,7 +41,7 @@ def losses(
         raise UsageError(f"{product.name} and {reference.name} share no value inside")
     powers = dict.fromkeys(order, 0.0)
     errors = dict.fromkeys(order, 0.0)
-    sides = [_Open(path, header, order) for path, header in ((product, mine), (reference, theirs))]
+    sides = [Opened(path, header, order) for path, header in ((product, mine), (reference, theirs))]
     for number, feed in enumerate(feeds):
         progress("compare layers", number, len(feeds))
         ours, truths = (side.run(feed) for side in sides)
@@ -54,13 +54,13 @@ def losses(
                 powers[name] += float((wanted**2).sum())
                 errors[name] += float(((own - wanted) ** 2).sum())
     progress("compare layers", len(feeds), len(feeds))
-    found = _told(mine, makers, {name: _snr_db(powers[name], errors[name]) for name in powers})
+    found = told(mine, makers, {name: ratio_db(powers[name], errors[name]) for name in powers})
     worst = max(found, key=lambda each: each.drop_db, default=None)
     return LayerLosses(
         samples=len(feeds),
         shared=len(found),
         whole=len(makers),
-        first=worst if worst and worst.drop_db >= _BREAK_DB else None,
+        first=worst if worst and worst.drop_db >= BREAK_DB else None,
         layers=tuple(found),
     )
 
@@ -70,7 +70,8 @@ def _comparable(own: Any, truth: Any) -> bool:
     return arrays and own.dtype.kind == truth.dtype.kind == "f" and own.shape == truth.shape
 
 
-def _snr_db(power: float, error: float) -> float:
+def ratio_db(power: float, error: float) -> float:
+    """10 log10 of both sums of squares, bounded to what float32 can tell."""
     if not math.isfinite(error):
         return -_EQUAL_DB
     if error <= 0 or power <= 0:
@@ -78,7 +79,7 @@ def _snr_db(power: float, error: float) -> float:
     return max(-_EQUAL_DB, min(_EQUAL_DB, 10 * math.log10(power / error)))
 
 
-def _told(
+def told(
     graph: onnx.OnnxHeader, makers: Mapping[str, onnx.OnnxNode], snr_db: Mapping[str, float]
 ) -> list[LayerLoss]:
     """Every value with its drop: below the worst of the values that it is made of, of which none
@@ -118,7 +119,7 @@ def _sources(graph: onnx.OnnxHeader, known: Mapping[str, float]) -> dict[str, se
     return found
 
 
-class _Open:
+class Opened:
     """A session that gives out values from inside: the engine's own fusion is off."""
 
     def __init__(self, path: Path, header: onnx.OnnxHeader, names: Sequence[str]) -> None:

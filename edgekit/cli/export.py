@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact
-from edgekit.cli import export_tuned, show, show_receipt
+from edgekit.cli import export_tuned, lists, show, show_receipt
 from edgekit.errors import UsageError
 from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
 from edgekit.receipt import Gates, Receipt
@@ -23,16 +23,6 @@ _RECIPE = ("bits", "overrides", "chunks")
 _GATES = ("max_kld", "max_kld_p99", "min_top1", "min_cosine", "max_ppl_ratio", "min_speed_ratio")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def _share(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
-    """``0.9`` or ``90%``."""
-    if value is None:
-        return None
-    try:
-        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a share like 0.9 nor 90%") from None
 
 
 def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
@@ -137,7 +127,7 @@ def _pairs(
 @click.option("--max-kld", type=float, metavar="NATS", help="Gate: mean KL divergence.")
 @click.option("--max-kld-p99", type=float, metavar="NATS", help="Gate: its 99th percentile.")
 @click.option(
-    "--min-top1", callback=_share, metavar="SHARE", help="Gate: same likeliest token or class."
+    "--min-top1", callback=lists.share, metavar="SHARE", help="Gate: same likeliest token or class."
 )
 @click.option(
     "--min-cosine", type=float, metavar="COSINE", help="Gate (ONNX, TFLite): mean cosine."

@@ -32,6 +32,7 @@ _FLOORS = """
 2  network_folder
 4  peak_loops proof_files proof_tensors agreement latency latency_files
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
+4  cross_format language_layers
 4  planned_model vision_predictor measured_profile device_probe storage page_cache bench_prediction
 5  cli __main__
 """

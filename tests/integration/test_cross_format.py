@@ -1,0 +1,255 @@
+"""One model as GGUF, ONNX and TFLite answers alike within what the receipts allow; where it does
+not, `edgekit verify --against` names the layer and the tensor that departs first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_tflite
+import torch
+from conftest import Ran
+from onnx import numpy_helper
+from tiny_convnet import SIDE, Net, as_tflite
+
+import edgekit
+from edgekit import agreement, cross_format
+from edgekit.errors import GateError, UsageError
+from edgekit.exporter import export
+from edgekit.exporters import onnx_graph
+from edgekit.formats import gguf
+from edgekit.receipt import Gates
+
+Float = Callable[[str], edgekit.Artifact]
+Gguf = Callable[[str], Path]
+
+# One always: its heads lie in another order in a GGUF.
+FAMILIES = [
+    pytest.param(name, marks=() if name == "llama2" else pytest.mark.slow)
+    for name in tiny.MODELS
+    if name not in ("gpt2", "mixtral", "phi3-long")
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_matrix_of_both_formats_makes_the_same(
+    name: str, float_model: Float, tiny_gguf: Gguf
+) -> None:
+    (found,) = cross_format.compare(tiny_gguf(name), float_model(name).path, chunks=1, layers=True)
+    assert found.within and found.layers is not None and found.layers.first is None
+    kinds = {each.op for each in found.layers.layers}
+    assert {"token_embd", "attn_output", "ffn_down", "output"} <= kinds
+    assert kinds & {"attn_q", "attn_qkv"} and kinds & {"ffn_up"}
+    assert min(each.snr_db for each in found.layers.layers) > 40
+
+
+def _spoilt_gguf(path: Path, name: str, out: Path) -> Path:
+    """A copy in which the rows of one float tensor stand in the reverse order."""
+    tensor = gguf.read(path).tensor(name)
+    assert tensor.type == "F32"
+    data = bytearray(path.read_bytes())
+    rows = np.frombuffer(data, np.float32, tensor.elements, tensor.offset)
+    turned = rows.reshape(tensor.shape[::-1])[::-1].copy()
+    data[tensor.offset : tensor.offset + tensor.size_bytes] = turned.tobytes()
+    out.write_bytes(data)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_v.weight",
+        *(
+            pytest.param(f"blk.{layer}.{part}.weight", marks=pytest.mark.slow)
+            for layer in (0, 1)
+            for part in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+        ),
+    ],
+)
+def test_a_spoilt_matrix_of_a_gguf_is_named(
+    name: str, float_model: Float, tiny_gguf: Gguf, tmp_path: Path
+) -> None:
+    spoilt = _spoilt_gguf(tiny_gguf("llama2"), name, tmp_path / "spoilt.gguf")
+    (found,) = cross_format.compare(spoilt, float_model("llama2").path, chunks=1)
+    assert not found.within and found.layers is not None and found.layers.first is not None
+    assert found.layers.first.tensor == name
+    with pytest.raises(GateError, match=name.replace(".", r"\.")):
+        cross_format.check([found])
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    ["1.output", *(pytest.param(name, marks=pytest.mark.slow) for name in ("0.qkv", "1.gate_up"))],
+)
+def test_a_spoilt_matrix_of_an_onnx_file_is_named_by_its_partner(
+    matrix: str, float_model: Float, tiny_gguf: Gguf, tmp_path: Path
+) -> None:
+    layer, _, part = matrix.partition(".")
+    expected = {"qkv": "attn_q", "output": "attn_output", "gate_up": "ffn_gate"}[part]
+    spoilt = shutil.copytree(float_model("llama2").path, tmp_path / "spoilt")
+    model = onnx_graph.load(spoilt / "model.onnx")
+    (tensor,) = (each for each in model.graph.initializer if each.name == f"{matrix}.weight")
+    values = numpy_helper.to_array(tensor)[:, ::-1].copy()
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx_graph.save(model, spoilt / "model.onnx")
+    (found,) = cross_format.compare(spoilt / "model.onnx", tiny_gguf("llama2"), chunks=1)
+    assert not found.within and found.layers is not None and found.layers.first is not None
+    assert found.layers.first.tensor == f"blk.{layer}.{expected}.weight"
+
+
+@pytest.mark.slow
+def test_verify_says_yes_with_figures_and_their_band(
+    cli: Callable[..., Ran], float_model: Float, tiny_gguf: Gguf
+) -> None:
+    done = cli(
+        *("verify", float_model("llama2").path, "--against", tiny_gguf("llama2")),
+        *("--chunks", "1", "--json"),
+    )
+    assert done.code == 0, done.stderr
+    (found,) = json.loads(done.stdout)["against"]
+    assert found["within"] and found["layers"] is None
+    assert {each["name"] for each in found["figures"]} == {"mean_kl", "top1"}
+    assert all(each["within"] and not each["given"] for each in found["figures"])
+    assert any("no receipt" in note for note in found["notes"])
+
+
+def test_verify_says_no_with_exit_code_6_and_the_layer(
+    cli: Callable[..., Ran], float_model: Float, tiny_gguf: Gguf, tmp_path: Path
+) -> None:
+    name = "blk.1.ffn_down.weight"
+    spoilt = _spoilt_gguf(tiny_gguf("llama2"), name, tmp_path / "spoilt.gguf")
+    done = cli("verify", float_model("llama2").path, "--against", spoilt, "--chunks", "1")
+    assert done.code == 6, done.stderr
+    assert "OUTSIDE the band" in done.stdout and name in done.stderr
+
+
+@pytest.mark.slow
+def test_a_band_of_the_users_own_replaces_that_of_the_receipts(
+    float_model: Float, tiny_gguf: Gguf
+) -> None:
+    sides = tiny_gguf("llama2"), float_model("llama2").path
+    (found,) = cross_format.compare(*sides, chunks=1, limits=Gates(max_kld=1e-12))
+    kl = found.figures[0]
+    assert (kl.name, kl.limit, kl.given, kl.within) == ("mean_kl", 1e-12, True, False)
+    assert found.layers is not None and found.layers.first is None
+    with pytest.raises(GateError, match="no layer stands out"):
+        cross_format.check([found])
+    with pytest.raises(UsageError, match="min-cosine"):
+        cross_format.compare(*sides, limits=Gates(min_cosine=0.9))
+
+
+@pytest.mark.slow
+def test_receipts_widen_the_band_by_what_both_lost(
+    tiny_model: Callable[[str], Path], tiny_gguf: Gguf, tmp_path: Path
+) -> None:
+    """Random weights lose much in 4 bits: without the receipt that would be a departure."""
+    export(tiny_model("llama2"), "onnx", bits=4, calibration="none", out=tmp_path / "a")
+    export(tiny_model("llama2"), "gguf", bits=4, calibration="none", out=tmp_path / "b")
+    (found,) = cross_format.compare(tmp_path / "a", tmp_path / "b", chunks=2)
+    lost = [
+        edgekit.Artifact.open(tmp_path / side).receipt["quality"]["mean_kl"]["high"]
+        for side in "ab"
+    ]
+    kl = found.figures[0]
+    assert kl.limit == pytest.approx(sum(each**0.5 for each in lost) ** 2 + 0.002)
+    assert found.within and 0.2 * min(lost) < kl.value.value <= kl.limit
+    assert not found.notes
+    (bare,) = cross_format.compare(
+        tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.gguf", chunks=2
+    )
+    assert not bare.within and len(bare.notes) == 2
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_one_clear_error(
+    cli: Callable[..., Ran], float_model: Float, tiny_gguf: Gguf, tmp_path: Path
+) -> None:
+    artifact = float_model("llama2").path
+    vision = tiny_tflite.artifact(tmp_path / "vision", tiny_tflite.dense())
+    for arguments, code in (
+        (("verify", artifact, "--against", vision), 2),
+        (("verify", artifact, "--against", tiny_gguf("qwen2")), 2),
+        (("verify", artifact, "--against", tmp_path / "nothing"), 5),
+        (("verify", artifact, "--max-kld", "1"), 2),
+        (("verify", vision, "--against", vision, "--chunks", "1"), 2),
+    ):
+        done = cli(*arguments)
+        assert done.code == code, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr and not done.stdout
+
+
+# Models without tokens
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Path]:
+    made, out = Net().eval(), tmp_path_factory.mktemp("net") / "onnx"
+    export(
+        made,
+        "onnx",
+        example_inputs=(torch.zeros(1, 3, SIDE, SIDE),),
+        bits=32,
+        receipt=False,
+        out=out,
+    )
+    return made, out
+
+
+def test_channels_in_another_place_and_fused_activations_are_the_same_layers(
+    net: tuple[Net, Path], tmp_path: Path
+) -> None:
+    path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0]))
+    for sides in ((net[1], path), (path, net[1])):
+        (found,) = cross_format.compare(*sides, layers=True)
+        assert found.within and found.layers is not None and found.layers.first is None
+        assert found.layers.shared == found.layers.whole == 4
+        assert min(each.snr_db for each in found.layers.layers) > 80
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_layer_of_a_tflite_file_that_departs_is_named(
+    number: int, net: tuple[Net, Path], tmp_path: Path
+) -> None:
+    path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0], spoilt=number))
+    (found,) = cross_format.compare(net[1], path)
+    assert not found.within and found.layers is not None and found.layers.first is not None
+    own = "classes" if number == 3 else f"conv{number}"
+    assert found.layers.first.tensor.endswith(f" = {own}")
+
+
+def test_eval_explains_the_loss_of_a_tflite_file_too(net: tuple[Net, Path], tmp_path: Path) -> None:
+    path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0]))
+    (found,) = agreement.compare(path, net[1], layers=True)
+    assert found.blind is None and found.layers is not None and found.layers.shared == 4
+    (neither,) = agreement.compare(path, path, layers=True)
+    assert neither.layers is None and neither.blind == "model.tflite"
+
+
+# Real models
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_in_4_bits_as_gguf_and_as_onnx(smollm2_gguf: Path, tmp_path: Path) -> None:
+    export(smollm2_gguf, "gguf", bits=4, calibration="none", out=tmp_path / "gguf")
+    export(smollm2_gguf, "onnx", bits=4, calibration="none", out=tmp_path / "onnx")
+    (found,) = cross_format.compare(tmp_path / "gguf", tmp_path / "onnx", chunks=2, layers=True)
+    assert found.within, found.figures
+    assert found.layers is not None and found.layers.shared == 2 + 30 * 7
+    assert found.layers.first is None
+    name = "blk.17.attn_output.weight"
+    path = tmp_path / "gguf" / "model.gguf"
+    tensor = gguf.read(path).tensor(name)
+    data = bytearray(path.read_bytes())
+    half = tensor.size_bytes // 2
+    start, end = tensor.offset, tensor.offset + tensor.size_bytes
+    data[start:end] = data[start + half : end] + data[start : start + half]
+    (tmp_path / "spoilt.gguf").write_bytes(data)
+    (broken,) = cross_format.compare(tmp_path / "spoilt.gguf", tmp_path / "onnx", chunks=2)
+    assert not broken.within and broken.layers is not None and broken.layers.first is not None
+    assert broken.layers.first.tensor == name
