@@ -60,6 +60,11 @@ class Wheel:
         assert found is not None
         return found.groups()
 
+    def oldest_glibc(self, architecture: str) -> tuple[int, ...]:
+        """What its tags ask for; (0, 0) where they ask for none."""
+        needed = [_glibc_of(tag) for tag in _platforms(self._parts[4], architecture)]
+        return min((each for each in needed if each is not None), default=(0, 0))
+
     def fits(self, architecture: str, python: str, glibc: str) -> bool:
         """Whether CPython ``python`` on Linux of that architecture and glibc can use it.
 
@@ -71,8 +76,8 @@ class Wheel:
             for tag in pythons.split(".")
             for abi in abis.split(".")
         ) and any(
-            _platform_fits(tag, architecture, _numbers(glibc)[:2])
-            for tag in _platforms(platforms, architecture)
+            needed is not None and needed <= _numbers(glibc)[:2]
+            for needed in map(_glibc_of, _platforms(platforms, architecture))
         )
 
 
@@ -97,17 +102,17 @@ def _platforms(tags: str, architecture: str) -> list[str]:
     return [tag.removesuffix(f"_{architecture}") for tag in tags.split(".")]
 
 
-def _platform_fits(tag: str, architecture: str, glibc: tuple[int, ...]) -> bool:
+def _glibc_of(tag: str) -> tuple[int, ...] | None:
+    """The glibc that a platform needs; None for one that is not this."""
     if tag in ("any", "linux"):
-        return True
+        return 0, 0
     new = re.fullmatch(r"manylinux_(\d+)_(\d+)", tag)
-    needed = (int(new[1]), int(new[2])) if new else _OLD_TAGS.get(tag)
-    return needed is not None and needed <= glibc
+    return (int(new[1]), int(new[2])) if new else _OLD_TAGS.get(tag)
 
 
 @dataclass(frozen=True)
 class _Index:
-    """``wheelhouse.json``. ``glibc`` is the oldest that the wheels with plain linux tags run on."""
+    """``wheelhouse.json``. ``glibc`` is the oldest that has a wheel of every package."""
 
     schema: int
     architecture: str
@@ -216,11 +221,14 @@ def read(folder: Path) -> Wheelhouse:
 def write(folder: str, architecture: str, glibc: str, pythons: Sequence[str] = PYTHONS) -> None:
     """Make a folder of wheels a wheelhouse: hash them all, and check that every Python is served.
 
-    PACKAGES gets the names of what is to be installed, for ``pip install -r``. For scripts/build.
+    ``glibc`` is what the wheels with plain linux tags need; others may need a newer one. PACKAGES
+    gets the names of what is to be installed, for ``pip install -r``. For scripts/build.
     Raises DeviceError when a package lacks a wheel for one of ``pythons``.
     """
     place = Path(folder)
-    index = _Index(SCHEMA, architecture, glibc, tuple(_wheels(place)))
+    wheels = tuple(_wheels(place))
+    glibc = _oldest_glibc(wheels, architecture, glibc)
+    index = _Index(SCHEMA, architecture, glibc, wheels)
     house = Wheelhouse(place, architecture, glibc, index.wheels)
     for python in pythons:
         house.chosen(architecture, python, glibc)
@@ -228,6 +236,16 @@ def write(folder: str, architecture: str, glibc: str, pythons: Sequence[str] = P
     _fs.write_atomic(place / PACKAGES, "".join(f"{name}\n" for name in names).encode())
     text = json.dumps(typed_json.write(index), indent=2)
     _fs.write_atomic(place / INDEX, text.encode() + b"\n")
+
+
+def _oldest_glibc(wheels: Sequence[Wheel], architecture: str, glibc: str) -> str:
+    """``glibc``, or what the package needs that needs the newest."""
+    needed: dict[str, tuple[int, ...]] = {}
+    for wheel in wheels:
+        own = wheel.oldest_glibc(architecture)
+        needed[wheel.name] = min(own, needed.get(wheel.name, own))
+    newest = max(needed.values(), default=(0, 0))
+    return glibc if newest <= _numbers(glibc)[:2] else ".".join(map(str, newest))
 
 
 def _wheels(folder: Path) -> Iterator[Wheel]:

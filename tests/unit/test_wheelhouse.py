@@ -74,6 +74,16 @@ def test_a_wheelhouse_that_lacks_a_wheel_for_a_python_is_never_made(tmp_path: Pa
         wheelhouse.write(str(folder), "aarch64", "2.34")
 
 
+def test_a_wheelhouse_needs_the_glibc_of_the_package_that_needs_the_newest(tmp_path: Path) -> None:
+    names = ["llguidance-1.9.1-cp39-abi3-manylinux_2_31_aarch64.whl", NUMPY.format(311)]
+    folder = board_wheels.tiny(tmp_path / "house", LLAMA, *names, glibc="2.17")
+    house = wheelhouse.read(folder)
+    assert house.glibc == "2.31"
+    with pytest.raises(DeviceError, match=r"has glibc 2\.28, the wheels need 2\.31"):
+        house.chosen("aarch64", "3.11.2", "2.28")
+    assert len(house.chosen("aarch64", "3.11.2", "2.31")) == 4
+
+
 def test_a_changed_wheel_is_noticed_before_it_is_sent(tmp_path: Path) -> None:
     house = wheelhouse.read(board_wheels.tiny(tmp_path / "house", LLAMA))
     chosen = house.chosen("aarch64", "3.11.2", "2.36")
