@@ -30,6 +30,7 @@ _START_S = 0.5  # Python and the engine, before the first byte of a model
 _MAX_CONTEXT = 1 << 22
 _MAX_SEQS = 256
 _GRAPH_ENGINE = "ort"
+_LITE_ENGINES = {"litert": "tflite"}  # the predictor's name for it
 _LOAD_OFF = 0.35
 
 
@@ -392,13 +393,14 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
     memory = plan_memory.of_vision(
         model.vision, int8=int8, available=profile.available_bytes, stored=model.stored
     )
+    engine = _LITE_ENGINES.get(model.runtime, _GRAPH_ENGINE)
     latency = vision_predictor.predict_vision(
-        model.vision, profile, int8=int8, engine=_GRAPH_ENGINE, n_threads=threads
+        model.vision, profile, int8=int8, engine=engine, n_threads=threads
     )
     faster = vision_predictor.predict_vision(
-        model.vision, profile, int8=True, engine=_GRAPH_ENGINE, n_threads=threads
+        model.vision, profile, int8=True, engine=engine, n_threads=threads
     )
-    bound, verdict = vision_predictor.bound(model.vision, profile, int8, _GRAPH_ENGINE, threads)
+    bound, verdict = vision_predictor.bound(model.vision, profile, int8, engine, threads)
     storage = profile.storage.read_mbps
     faster_if = (f"with 8 bits {faster.mid:.3g} ms",) if not int8 else ()
     open_sizes = (
@@ -406,7 +408,7 @@ def _vision_plan(model: PlannedModel, profile: DeviceProfile, threads: int) -> P
         if model.assumed
         else ()
     )
-    inputs = vision_predictor.inputs(profile, engine=_GRAPH_ENGINE, n_threads=threads)
+    inputs = vision_predictor.inputs(profile, engine=engine, n_threads=threads)
     return Plan(
         model=model.name,
         architecture="vision",

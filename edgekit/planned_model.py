@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import (
+    graph_file,
     hub,
     language_header,
     language_model,
     model_folder,
     onnx_cost,
     quant,
+    tflite_cost,
     vision_cost,
 )
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import SourceError, UsageError
-from edgekit.formats import gguf, json_file, onnx
+from edgekit.formats import gguf, json_file, onnx, tflite
 from edgekit.formats.foreign import Malformed
 from edgekit.formats.gguf import GgufHeader
 from edgekit.model_shape import header_of
@@ -49,7 +51,7 @@ class PlannedModel:
     ``runtime`` what runs it.
 
     ``lossy_bytes`` is the size of weights that were quantized before: more bits would hold no more.
-    Of an ONNX file that stays as it is ``stored`` has the bytes of its weights by dtype, and
+    Of a graph's file that stays as it is ``stored`` has the bytes of its weights by dtype, and
     ``assumed`` what the sizes were taken for that it leaves open.
     """
 
@@ -72,11 +74,13 @@ class PlannedModel:
 def planned(
     model: str | Path, *, bits: int | None = None, file_type: str | None = None
 ) -> PlannedModel:
-    """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), an ONNX
-    file, a Hugging Face folder or its config.json, or a hub id, of which only that file is fetched.
+    """``model`` is a built-in name, an artifact, a GGUF file (its beginning is enough), an ONNX or
+    a TFLite file, a Hugging Face folder or its config.json, or a hub id, of which only that file is
+    fetched.
 
     ``bits`` or ``file_type`` say what it would be exported to; without them a GGUF file stays as it
-    is, and others get 4 bits. Vision models have 8 or 32 bits; an ONNX file stays as it is.
+    is, and others get 4 bits. Vision models have 8 or 32 bits; without a wish ONNX and TFLite files
+    stay as they are.
     Raises UsageError, SourceError, ArtifactError.
     """
     if bits is not None and file_type is not None:
@@ -90,13 +94,14 @@ def planned(
     elif not os.path.lexists(path):
         raise SourceError(
             f"{path} does not exist",
-            hint="give an artifact, a .gguf or .onnx file, a folder with config.json, or a hub id",
+            hint="give an artifact, a .gguf, .onnx or .tflite file, a folder with config.json, or a"
+            " hub id",
         )
     if is_artifact(path):
         artifact = Artifact.open(path)
         artifact.verify_sizes()
-        if artifact.format == "onnx":
-            return _of_onnx(name, artifact.model_path, bits, file_type)
+        if artifact.format in _OF_GRAPHS:
+            return _OF_GRAPHS[artifact.format](name, artifact.model_path, bits, file_type)
         return _of_header(name, gguf.read(artifact.model_path), bits, file_type)
     if os.path.isdir(path):
         return _of_config(name, json_file.read(path / model_folder.CONFIG, _BYTES), bits, file_type)
@@ -105,12 +110,12 @@ def planned(
     if path.suffix.lower() == ".gguf":
         with model_folder.as_source(path):
             return _of_header(name, gguf.read(path, whole=False), bits, file_type)
-    if path.suffix.lower() == ".onnx":
+    if kind := graph_file.FORMATS.get(path.suffix.lower()):
         with model_folder.as_source(path):
-            return _of_onnx(name, path, bits, file_type)
+            return _OF_GRAPHS[kind](name, path, bits, file_type)
     raise SourceError(
         f"{path} is no model that can be planned for",
-        hint="give an artifact, a .gguf or .onnx file, or a folder with config.json",
+        hint="give an artifact, a .gguf, .onnx or .tflite file, or a folder with config.json",
     )
 
 
@@ -120,17 +125,48 @@ def _of_onnx(name: str, path: Path, bits: int | None, file_type: str | None) -> 
         return _of_onnx_language(name, path, bits, file_type)
     _check_vision(bits, file_type)
     found = onnx_cost.cost(onnx.read(path, whole=False))
-    stands = "int8" if found.is_int8 else "F32"
-    wanted = {None: stands, 8: "int8", 32: "F32"}[bits]
-    if wanted == "F32" and stands == "int8":
-        raise UsageError(f"{name} has 8 bits already: more would hold no more")
+    wanted, stands = _vision_types(name, found.is_int8, bits)
     return PlannedModel(
         name,
         wanted,
+        RUNTIME_OF_FORMAT["onnx"],
         vision=found.cost,
         stored=found.weight_bytes if wanted == stands else None,
         assumed=found.assumed,
     )
+
+
+def _of_tflite(name: str, path: Path, bits: int | None, file_type: str | None) -> PlannedModel:
+    """As the file stands; of a float file also what 8 bits would bring."""
+    _check_vision(bits, file_type)
+    header = tflite.read(path)
+    stored: dict[str, int] = {}
+    for tensor in header.constants:
+        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.size_bytes
+    narrow = sum(size for dtype, size in stored.items() if dtype.endswith(("int8", "int4")))
+    wanted, stands = _vision_types(name, 2 * narrow > sum(stored.values()), bits)
+    sizes = (f"{each} 1" for each, n in header.inputs.items() if None in _shape(header, n))
+    return PlannedModel(
+        name,
+        wanted,
+        RUNTIME_OF_FORMAT["tflite"],
+        vision=tflite_cost.cost(header),
+        stored=stored if wanted == stands else None,
+        assumed=tuple(sizes),
+    )
+
+
+def _shape(header: tflite.TfliteHeader, number: int) -> tuple[int | None, ...]:
+    return header.main.tensors[number].shape
+
+
+def _vision_types(name: str, is_int8: bool, bits: int | None) -> tuple[str, str]:
+    """What is wanted, and what the file has now."""
+    stands = "int8" if is_int8 else "F32"
+    wanted = {None: stands, 8: "int8", 32: "F32"}[bits]
+    if wanted == "F32" and is_int8:
+        raise UsageError(f"{name} has 8 bits already: more would hold no more")
+    return wanted, stands
 
 
 def _of_onnx_language(
@@ -151,6 +187,9 @@ def _of_onnx_language(
         header=header,
         lossy_bytes=None if kind in quant.FLOAT_TYPES else weight_bytes(header),
     )
+
+
+_OF_GRAPHS = {"onnx": _of_onnx, "tflite": _of_tflite}
 
 
 def _check_vision(bits: int | None, file_type: str | None) -> None:
