@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import agreement, evaluate, language_layers, proof_files, typed_json
+from edgekit import agreement, evaluate, language_header, language_layers, typed_json
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import GateError, UsageError
 from edgekit.exporter import Progress, no_progress
@@ -254,6 +254,13 @@ def _of_tensors(
     )
 
 
+def _trained_length(file: Path) -> int:
+    """Tokens of the context that a language model was trained for, where its header says it."""
+    header = language_header.read(file)
+    found = header.metadata.get(f"{header.architecture}.context_length")
+    return found if isinstance(found, int) and found > 0 else _N_CTX
+
+
 def _of_language(
     sides: tuple[_Side, _Side],
     limits: Gates,
@@ -267,7 +274,7 @@ def _of_language(
         raise UsageError("--min-cosine is not for language models", hint="--max-kld, --min-top1")
     model, against = sides
     text = evaluate.read_text(data)
-    lengths = [proof_files.read(side.file).context_length or _N_CTX for side in sides]
+    lengths = [_trained_length(side.file) for side in sides]
     found = evaluate.compare(
         model.path,
         against.path,
