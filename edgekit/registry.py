@@ -177,6 +177,7 @@ RECIPES = Shelf(
         "minimal": "edgekit.training.minimal:RECIPE",
         "nas": "edgekit.training.nas:RECIPE",
         "prune": "edgekit.training.prune:RECIPE",
+        "prune-lm": "edgekit.training.prune_lm:RECIPE",
         "tinyllama": "edgekit.training.tinyllama:RECIPE",
         "video": "edgekit.training.video:RECIPE",
         "vit-qat": "edgekit.training.vit_qat:RECIPE",

@@ -42,6 +42,9 @@ CATALOGUE = {
         "2.04 times as fast in ONNX Runtime at 90.97% on Fashion-MNIST, uncut 92.27%",
         "benchmarks/train/run prune",
     ),
+    "prune-lm": Entry(
+        "A language model made smaller at once: layers, channels or single weights go."
+    ),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
     "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
     "vit-qat": Entry(

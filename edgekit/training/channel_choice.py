@@ -46,14 +46,16 @@ def choose(
     *,
     target_ms: float,
     chunk: int,
+    least: Mapping[str, int] | None = None,
 ) -> Choice:
     """Channels of ``groups`` to cut, until the network of ``config`` takes ``target_ms``.
 
     A knapsack, filled greedily: again and again the group loses those ``chunk`` channels (down to a
     multiple of it, and never the last of them) whose scores are the least for the time that they
     save (Shen et al. 2022, "Structural Pruning via Latency-Saliency Knapsack", section 3.2; the
-    greedy form is that of Yang et al. 2018, "NetAdapt", section 3.2). Raises RecipeError where the
-    least that is left is still too slow.
+    greedy form is that of Yang et al. 2018, "NetAdapt", section 3.2). Of a group so many channels
+    as ``least`` says stay: scores add up as if channels did not stand in for each other, and so say
+    too little of the last ones. Raises RecipeError where the least that is left is still too slow.
     """
     order = {group.name: scores[group.name].argsort(stable=True).tolist() for group in groups}
     left = {group.name: group.width for group in groups}
@@ -69,7 +71,8 @@ def choose(
         best: tuple[float, str, int, float] | None = None
         for name, width in left.items():
             highest = (width - 1) // chunk * chunk
-            for fewer in range(highest, max(0, highest - _STEPS * chunk), -chunk):
+            lowest = max((least or {}).get(name, 1) - 1, highest - _STEPS * chunk, 0)
+            for fewer in range(highest, lowest, -chunk):
                 after = turned(config, knob(name), fewer)
                 after_ms = total_ms(times, convolutions(after, shape))
                 if after_ms < now_ms:
@@ -78,9 +81,9 @@ def choose(
                         best = rate, name, fewer, after_ms
         if best is None:
             raise RecipeError(
-                f"with {chunk} channels left everywhere it still takes {now_ms:.3g} ms,"
+                f"with the fewest channels left everywhere it still takes {now_ms:.3g} ms,"
                 f" not {target_ms:.3g}",
-                hint="a lower speedup, or a smaller chunk",
+                hint="a lower speedup, or a smaller chunk or least",
             )
         _, name, left[name], now_ms = best
         config = turned(config, knob(name), left[name])

@@ -54,16 +54,27 @@ def figures(
 
 
 def gguf_figures(run: Run, fill: Fill) -> dict[str, float]:
-    """``gguf_bytes`` of the F16 file of a language model, and its median ``decode_tok_s`` on one
-    thread of llama.cpp. Call it on the main process.
+    """``gguf_figures_of`` one model."""
+    (found,) = gguf_figures_of(run, {"model": fill}).values()
+    return found
+
+
+def gguf_figures_of(run: Run, models: Mapping[str, Fill]) -> dict[str, dict[str, float]]:
+    """For each of ``models`` (a name, and what fills its folder): ``gguf_bytes`` of the F16 file of
+    a language model, and its median ``decode_tok_s`` on one thread of llama.cpp, all models in
+    turn. Call it on the main process.
     """
-    folder, out = run.work / "deploy", run.work / "deploy-gguf"
-    _fs.remove_tree(folder)
-    folder.mkdir(parents=True)
-    fill(folder)
-    artifact = export(folder, "gguf", out=out, type="F16", receipt=False)
+    artifacts = {}
+    for name, fill in models.items():
+        folder = run.work / "deploy"
+        _fs.remove_tree(folder)
+        folder.mkdir(parents=True)
+        fill(folder)
+        out = run.work / f"deploy-{name}-gguf"
+        artifacts[name] = export(folder, "gguf", out=out, type="F16", receipt=False)
     report = bench(
-        artifact,
+        *artifacts.values(),
+        names=list(artifacts),
         threads=(1,),
         prompts=(),
         answers=(64,),
@@ -71,8 +82,12 @@ def gguf_figures(run: Run, fill: Fill) -> dict[str, float]:
         sessions=False,
         probe=False,
     )
-    speeds = [speed for row in report.rows for speed in row.speeds]
     return {
-        "gguf_bytes": float(artifact.size_bytes),
-        "decode_tok_s": statistics.median(speeds),
+        name: {
+            "gguf_bytes": float(artifact.size_bytes),
+            "decode_tok_s": statistics.median(
+                speed for row in report.rows if row.model == name for speed in row.speeds
+            ),
+        }
+        for name, artifact in artifacts.items()
     }

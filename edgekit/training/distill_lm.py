@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
-from edgekit.errors import DataError, RecipeError
-from edgekit.training import deploy, language, pretrained, texts
+from edgekit.errors import RecipeError
+from edgekit.training import deploy, language, model_texts, pretrained, texts
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run, strictly_repeatable
@@ -63,13 +61,20 @@ class DistillLmSettings(Settings):
 def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
     """Cut, teach, and teach without a teacher; write the student's folder."""
     found = pretrained.opened(run, settings.model)
-    train, held, held_bytes = _tokens(run, settings, found.path)
-    judge = judge_of(held, held_bytes, settings.length)
+    text = model_texts.tokens(
+        run,
+        found,
+        settings.text,
+        train_chars=settings.train_chars,
+        held_tokens=settings.held_tokens,
+        length=settings.length,
+    )
+    judge = judge_of(text.held, text.held_bytes, settings.length)
     teacher = pretrained.model(found, _CLASS, eager=settings.attention > 0)
     teacher = teacher.to(run.accelerator.device).eval()
     teacher.requires_grad_(False)
     kept = kept_layers(teacher.config.num_hidden_layers, settings.layers)
-    data = texts.Packed(train, settings.length)
+    data = texts.Packed(text.train, settings.length)
 
     def fitted(name: str, loss: Loss) -> Fitted:
         student = cut(teacher, kept, settings.inner)
@@ -119,28 +124,6 @@ def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
 
 def _count(model: torch.nn.Module) -> int:
     return sum(each.numel() for each in model.parameters())
-
-
-def _tokens(
-    run: Run, settings: DistillLmSettings, folder: Path
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """Tokens to train on, to judge by, and the bytes of the latter."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if tokenizer.token_to_id(texts.END) is None:
-        raise DataError(f"{settings.model} has no {texts.END}", hint="another teacher")
-    found = texts.read(settings.text)
-    share = 1.0
-    if settings.train_chars:
-        share = min(1.0, settings.train_chars / sum(map(len, found.train)))
-    count = max(1, round(share * len(found.train)))
-    chosen = [found.train[n] for n in np.linspace(0, len(found.train) - 1, count).astype(int)]
-    tokens = {}
-    for name, blocks in (("train", chosen), ("held", found.held)):
-        packed = run.once(f"{name}.tokens", partial(texts.pack, tokenizer, blocks))
-        tokens[name] = texts.tokens_of(tokenizer, packed)
-    held = texts.spread(tokens["held"], settings.held_tokens, 8 * settings.length)
-    held_bytes = len(tokenizer.decode(held[1:].tolist(), skip_special_tokens=True).encode())
-    return tokens["train"], held, held_bytes
 
 
 def kept_layers(count: int, share: float) -> list[int]:

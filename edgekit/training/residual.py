@@ -176,6 +176,13 @@ def knob(layer: str) -> Knob:
     return "width", int(stage)
 
 
+def width(config: Mapping[str, Any], layer: str) -> int:
+    """How many outputs the convolution ``layer`` has."""
+    which, stage, *block = knob(layer)
+    found = config["stages"][stage][which]
+    return int(found[block[0]] if block else found)
+
+
 def turned(config: Mapping[str, Any], knob: Knob, value: int) -> dict[str, Any]:
     """The config with another value of one of its widths."""
     found: dict[str, Any] = copy.deepcopy(dict(config))

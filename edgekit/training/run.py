@@ -93,6 +93,8 @@ class Run:
         fitted = [each for each, _ in self._fitted]
         for each in fitted:
             curves.write(folder / f"curve-{each.name}.csv", each.curve)
+        if not fitted:
+            return  # nothing was trained
         try:
             curves.draw(
                 folder / "curves.png",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_data import picture_folder
 
 import edgekit
@@ -17,12 +20,13 @@ from edgekit.device import load_profile
 from edgekit.errors import DataError, RecipeError
 from edgekit.formats import onnx
 from edgekit.registry import RECIPES
-from edgekit.training import residual
+from edgekit.training import images, prune, residual
 from edgekit.training.convolution_time import Predicted, total_ms
 from edgekit.training.recipe import train
 from edgekit.training.settings import with_pairs
 from edgekit.vision_predictor import predict_vision
 
+ROOT = Path(__file__).resolve().parents[2]
 TOY = ("side=8", "channels=1", "widths=8,12", "blocks=1,1", "flip=no", "shift=1", "threads=1")
 MORE = ("steps=80", "batch=16", "eval_every=0", "lr=1e-2", "held_images=12", "chunk=2")
 TUNE = ("tune_steps=60", "tune_lr=5e-3", "rounds=2", "speedup=2", "board=rpi5", "sparsity=0.5")
@@ -66,6 +70,31 @@ def test_the_board_is_predicted_to_be_as_fast_as_asked_for(run: Path) -> None:
     assert sum("paired bootstrap" in remark for remark in remarks) == 3
 
 
+def test_what_answers_as_its_teacher_has_only_the_labels_to_learn(pictures: Path) -> None:
+    data = images.load(str(pictures), side=8, channels=1)
+    torch.manual_seed(0)
+    teacher, other = (
+        residual.build(residual.config(data.shape, 2, kind="basic", widths=(8,), blocks=(1,)))
+        for _ in range(2)
+    )
+    batch = data.train.batch(torch.arange(16))
+    losses = {}
+    for answers in ("0", "1"):
+        settings = with_pairs(RECIPES.load("prune").settings, [f"answers={answers}"])
+        loss = prune.taught_by(teacher, data, settings)
+        for name, model in (("same", teacher), ("other", other.eval())):
+            losses[name, answers] = float(loss(model, batch).detach())
+    assert losses["same", "1"] == pytest.approx(0, abs=1e-4) and losses["other", "1"] > 0.01
+    assert losses["same", "0"] > 1
+
+
+def test_the_uncut_network_is_trained_first_and_the_others_learn_from_it(run: Path) -> None:
+    body = json.loads((run / "training.json").read_text())
+    phases = [phase["name"] for phase in body["phases"]]
+    assert phases == ["base", "unpruned", "round-1", "round-2", "2-of-4", "unstructured"]
+    assert any("learned in tuning from its answers" in remark for remark in body["remarks"])
+
+
 def test_both_networks_can_be_exported_and_the_cut_one_classifies(
     run: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +126,23 @@ def test_the_scan_is_a_table_and_a_picture(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_pruning_and_quantization_in_one_picture(run: Path, pictures: Path, tmp_path: Path) -> None:
+    program = ROOT / "benchmarks" / "train" / "front_prune.py"
+    folders = [f"whole={run / 'unpruned'}", f"cut={run}"]
+    more = ["--data", pictures, "--side", "8", "--channels", "1", "--json"]
+    command = [sys.executable, "-B", program, "--out", tmp_path / "front.png", *more, *folders]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert [(row["network"], row["type"]) for row in rows] == [
+        (name, kind) for name in ("whole", "cut") for kind in ("F32", "static_wi8_ai8")
+    ]
+    assert rows[2]["size_bytes"] < rows[0]["size_bytes"]
+    assert all(row["ms"] > 0 and row["accuracy"]["value"] > 0.8 for row in rows)
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_what_is_measured_here_becomes_faster_here(pictures: Path, tmp_path: Path) -> None:
     wide = ("side=32", "widths=32,64", "blocks=1,1", "chunk=8", "board=", "steps=20", "sparse=no")
     pairs = [
@@ -118,8 +164,10 @@ def test_what_is_measured_here_becomes_faster_here(pictures: Path, tmp_path: Pat
     [
         (("speedup=1",), "speedup is more than 1"),
         (("sparsity=1",), "sparsity"),
+        (("least=1",), "least are shares"),
+        (("answers=1.5",), "answers and least"),
         (("rounds=4", "tune_steps=2"), "a round has no steps"),
-        (("rounds=9",), "take no share, or all"),
+        (("rounds=11",), "take no share, or all"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(pairs: tuple[str, ...], words: str) -> None:

@@ -171,6 +171,15 @@ def test_kills_between_cuts_and_in_tuning_change_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_kills_change_nothing_in_a_language_model_that_is_pruned(tmp_path: Path) -> None:
+    base = train_tinyllama(tmp_path)
+    pairs = (f"model={base}", f"text={tmp_path / 'prose.txt'}", "layers=0.5", "inner=0.5")
+    more = ("methods=wanda,width,depth", "tune=yes", "steps=40", "batch=8", "lr=3e-3")
+    last = ("length=64", "held_tokens=1000", "threads=1", "checkpoint_every=7", "latency=no")
+    killed_at_random_points(tmp_path, 4, "prune-lm", *pairs, *more, *last, "precision=fp32")
+
+
+@pytest.mark.slow
 def test_kills_of_teacher_and_students_change_nothing(tmp_path: Path) -> None:
     toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
     more = ("widths=8,12", "teacher_steps=150", "steps=120")

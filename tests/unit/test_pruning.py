@@ -212,13 +212,17 @@ class Products:
         return convolution.cost.flops / 2e6
 
 
-def _chosen(target: float, scores: dict[str, torch.Tensor] | None = None) -> Any:
+def _chosen(
+    target: float,
+    scores: dict[str, torch.Tensor] | None = None,
+    least: dict[str, int] | None = None,
+) -> Any:
     net = network(config())
     groups = channel_groups.find(net, SHAPE, "head")
     scores = scores or {group.name: torch.arange(group.width) + 1.0 for group in groups}
     now = total_ms(Products(), residual.convolutions(config(), SHAPE))
     found = channel_choice.choose(
-        config(), SHAPE, groups, scores, Products(), target_ms=target * now, chunk=4
+        config(), SHAPE, groups, scores, Products(), target_ms=target * now, chunk=4, least=least
     )
     channel_groups.cut(net, SHAPE, "head", found.removed)
     after = residual.config_of(net, config())
@@ -245,8 +249,17 @@ def test_groups_that_matter_keep_their_channels() -> None:
     assert dear not in found.removed and found.removed
 
 
+def test_no_group_falls_below_what_it_shall_keep() -> None:
+    least = {g.name: g.width // 2 for g in channel_groups.find(network(config()), SHAPE, "head")}
+    found, _, _, groups, _ = _chosen(0.4, least=least)
+    left = {g.name: g.width - len(found.removed.get(g.name, [])) for g in groups}
+    assert all(left[name] >= fewest for name, fewest in least.items())
+    with pytest.raises(RecipeError, match="fewest channels left everywhere"):
+        _chosen(0.2, least=least)
+
+
 def test_a_latency_that_cannot_be_had_is_refused() -> None:
-    with pytest.raises(RecipeError, match="4 channels left everywhere"):
+    with pytest.raises(RecipeError, match="fewest channels left everywhere"):
         _chosen(0.001)
 
 
