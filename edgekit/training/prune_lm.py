@@ -74,7 +74,7 @@ class PruneLmSettings(Settings):
     )
     layers: float = setting(0.8, "depth: share of the layers that stay")
     depth_by: Literal["influence", "loss"] = setting(
-        "loss", "depth: go by the loss without a layer, or by how little it turns what it is given"
+        "influence", "depth: how little a layer turns what enters it, or the loss without it"
     )
     inner: float = setting(0.75, "width: share of the feed-forward channels that stay")
     groups: float = setting(1.0, "width: share of the groups of heads that stay")
