@@ -9,6 +9,7 @@ from typing import Any
 import gguf as ggml
 import numpy as np
 import pytest
+import tiny
 
 from edgekit import _fs
 from edgekit.converter import convert, off_grid
@@ -58,12 +59,10 @@ def test_smollm2_leaves_the_grid_that_made_q4_1_free(
         ),
     ],
 )
-def test_transformers_computes_the_same_with_the_other_weights(
-    tiny_model: Callable[[str], Path], tmp_path: Path, name: str
-) -> None:
+def test_transformers_computes_the_same_with_the_other_weights(tmp_path: Path, name: str) -> None:
     """The check inside runs llama.cpp; here the other engine says the same."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    folder = tiny_model(name)
+    folder = tiny.make(name, tmp_path / "whole", **tiny.CONVERTIBLE.get(name, {}))
     made = off_grid(folder, tmp_path / "fair.gguf", seed=4)
     back = convert(made, tmp_path / "back")
     ids = torch.tensor([np.random.default_rng(3).integers(5, 1000, 48).tolist()])
