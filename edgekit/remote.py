@@ -16,7 +16,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgekit import __version__, _proc, graph_file, language_header, report, typed_json
+from edgekit import (
+    __version__,
+    _proc,
+    graph_file,
+    language_header,
+    language_model,
+    report,
+    typed_json,
+)
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.bench import bench
 from edgekit.bench_models import file_of
@@ -28,6 +36,7 @@ from edgekit.device_probe import Measured
 from edgekit.errors import EdgekitError, RemoteCommandError, UsageError
 from edgekit.evaluate import Divergence, Perplexity
 from edgekit.exporter import Progress, no_progress
+from edgekit.formats import onnx
 from edgekit.intervals import Interval
 from edgekit.report import BenchReport
 from edgekit.runtime import GenerateParams, Generation, TokenLogprob
@@ -224,6 +233,7 @@ def perplexity_on(
     target: Target, model: str | Path, text: str, *, progress: Progress = no_progress, **fields: Any
 ) -> Perplexity:
     """``evaluate.perplexity`` on the device."""
+    _check_language(Path(model))
     arguments = {"model": bring(target, Path(model), progress), "text": text, **fields}
     found = call(target, target.identify(), "perplexity", arguments, progress=progress)
     return _figures(target, Perplexity, found)
@@ -239,6 +249,8 @@ def compare_on(
     **fields: Any,
 ) -> Divergence:
     """``evaluate.compare`` on the device."""
+    for each in (model, reference):
+        _check_language(Path(each))
     arguments = {
         "model": bring(target, Path(model), progress),
         "reference": bring(target, Path(reference), progress),
@@ -330,17 +342,28 @@ def _python(target: Target, facts: BoardFacts) -> str:
 
 def _check_language(model: Path) -> None:
     """Before anything is uploaded."""
-    graph = model.suffix.lower() in graph_file.FORMATS
-    if graph or (is_artifact(model) and Artifact.open(model).format != "gguf"):
+    file = Artifact.open(model).model_path if is_artifact(model) else model
+    if file.suffix.lower() in graph_file.FORMATS and not language_header.is_onnx(file):
         raise UsageError(f"{model} is no language model", hint="edgekit run and bench take it")
 
 
-def bring(target: Target, path: Path, progress: Progress, also: Sequence[str] = ()) -> str:
-    """A model's path on the device, where it is now; ``also`` as in ``Target.put``."""
+def bring(target: Target, path: Path, progress: Progress, also: Sequence[str] | None = None) -> str:
+    """A model's path on the device, where it is now; ``also`` as in ``Target.put``, by default the
+    files that a bare language model needs beside it.
+    """
     if isinstance(target, Local):
         return str(path.absolute())
-    place = target.put(path, kind="artifacts", also=also, progress=progress)
+    beside = _beside(path) if also is None else also
+    place = target.put(path, kind="artifacts", also=beside, progress=progress)
     return f"{place}/{path.name}" if path.is_file() else place
+
+
+def _beside(path: Path) -> list[str]:
+    """Files in the folder of an ONNX language model that belong to it; an artifact has them all."""
+    if is_artifact(path) or not language_header.is_onnx(path):
+        return []
+    texts = (language_model.FILE, language_model.TOKENIZER, language_model.TEMPLATE)
+    return [*onnx.read(path).beside, *(n for n in texts if (path.parent / n).is_file())]
 
 
 def _load_fields(target: Target, fields: dict[str, Any], progress: Progress) -> dict[str, Any]:
