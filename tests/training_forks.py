@@ -2,6 +2,7 @@
 
     python training_forks.py kill OUT KILLS SEED RECIPE KEY=VALUE...   a run killed KILLS times
     python training_forks.py spread OUT       points on one process, two copies, two shards
+    python training_forks.py join OUT WAY,WAY... RECIPE KEY=VALUE...   one, two copies, two shards
 
 Prints one JSON line. It never computes before it forks, for threads do not survive that.
 """
@@ -18,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,51 @@ def kill(out: Path, kills: int, seed: int, recipe: str, pairs: list[str]) -> dic
     return {"ends": reached, "whole_s": whole_s}
 
 
+def many(processes: int, work: Callable[[], None]) -> list[int]:
+    """The pids of ``processes`` children that do ``work`` together, as a launcher starts them."""
+    if processes == 1:
+        return [forked(work)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    env |= {"LOCAL_WORLD_SIZE": str(processes)}
+    return [forked(work, **env, RANK=str(n), LOCAL_RANK=str(n)) for n in range(processes)]
+
+
+WAYS = {"one": ("data", 1), "copies": ("data", 2), "shards": ("fsdp", 2)}
+
+
+def join(out: Path, ways: list[str], recipe: str, pairs: list[str]) -> dict[str, list[int]]:
+    """How the processes end that train a recipe into OUT/WAY, for each of ``ways``."""
+    from edgekit.registry import RECIPES
+    from edgekit.training.recipe import train
+
+    RECIPES.load(recipe)
+
+    def run(name: str, parallel: str) -> None:
+        given = [*pairs, f"parallel={parallel}", "device=cpu"]
+        train(recipe, given, out / name, resume=False, say=lambda status: None)
+
+    found = {}
+    for name in ways:
+        parallel, processes = WAYS[name]
+        found[name] = all_ended(many(processes, partial(run, name, parallel)))
+    return found
+
+
+def all_ended(pids: list[int]) -> list[int]:
+    """How they end; when one fails the others, which would wait for it, are killed."""
+    ends: dict[int, int] = {}
+    while len(ends) < len(pids):
+        pid, status = os.wait()
+        ends[pid] = os.waitstatus_to_exitcode(status)
+        if ends[pid]:
+            for other in set(pids) - set(ends):
+                os.kill(other, signal.SIGKILL)
+    return [ends[pid] for pid in pids]
+
+
 def spread(out: Path) -> dict[str, Any]:
     """The same task on one process, on two with copies and on two with shards, and one stopped."""
     import torch.distributed.fsdp
@@ -98,7 +145,7 @@ def spread(out: Path) -> dict[str, Any]:
                 part.p = 0.0  # it differs from process to process
 
         def say(status: trainer.Status) -> None:
-            if status.step == steps:
+            if steps and status.step == steps:
                 os._exit(0)
 
         accelerator = run._accelerator(settings)
@@ -110,19 +157,7 @@ def spread(out: Path) -> dict[str, Any]:
             (out / f"{name}.json").write_text(json.dumps(body))
 
     def together(name: str, parallel: str, processes: int, steps: int = 0) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-        pids = [
-            forked(
-                lambda: fit(name, parallel, steps),
-                **(env if processes > 1 else {}),
-                **({"RANK": str(n), "LOCAL_RANK": str(n)} if processes > 1 else {}),
-                **({"LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}),
-            )
-            for n in range(processes)
-        ]
+        pids = many(processes, lambda: fit(name, parallel, steps))
         if steps:
             assert ended(pids[0]) == 0
             for pid in pids[1:]:
@@ -145,6 +180,8 @@ if __name__ == "__main__":
     verb, place, *rest = sys.argv[1:]
     if verb == "kill":
         answer = kill(Path(place), int(rest[0]), int(rest[1]), rest[2], rest[3:])
+    elif verb == "join":
+        answer = join(Path(place), rest[0].split(","), rest[1], rest[2:])
     else:
         answer = spread(Path(place))
     print(json.dumps(answer))

@@ -113,6 +113,10 @@ class _Line:
         self._open = False
 
     def __call__(self, status: Any) -> None:
+        if status.memory:
+            if not self._quiet:
+                click.echo(f"{status.phase}: a step needs {status.memory}", err=True)
+            return
         now_s = time.monotonic()
         wait_s = _TICK_S if self._redraws else _LINE_S
         last = status.step == status.steps

@@ -28,6 +28,7 @@ from edgekit import _fs
 from edgekit.errors import CorruptArtifactError, OutOfSpaceError
 from edgekit.formats import safetensors
 from edgekit.training.average import Average
+from edgekit.training.optimizer import Optimizers
 
 Tensors = dict[str, torch.Tensor]
 _MODEL, _OPTIMIZER, _AVERAGE, _CURVE = "model.", "optimizer.", "average.", "curve"
@@ -49,14 +50,14 @@ class Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
-def model_state(model: torch.nn.Module) -> Tensors:
-    """The whole state of a model on the CPU: on the main process; empty on the others, where the
-    model is distributed. Every process must call it.
+def model_state(model: torch.nn.Module, *, everywhere: bool = False) -> Tensors:
+    """The whole state of a model on the CPU: on the main process, and with ``everywhere`` on the
+    others too, where it is else empty if the model is distributed. Every process must call it.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
     found = get_model_state_dict(model, options=options)
     # Tied weights are one tensor under two names, which the format does not take.
-    return {name: each.detach().contiguous().clone() for name, each in found.items()}
+    return {name: each.detach().cpu().contiguous().clone() for name, each in found.items()}
 
 
 def _trained_names(model: torch.nn.Module) -> set[str]:
@@ -82,9 +83,9 @@ def _set_trained_state(model: torch.nn.Module, state: Tensors) -> None:
     set_model_state_dict(model, state, options=options)
 
 
-def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def _optimizer_state(model: torch.nn.Module, optimizers: Optimizers) -> Tensors:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found = get_optimizer_state_dict(model, optimizer, options=options)
+    found = get_optimizer_state_dict(model, optimizers, options=options)
     return {
         f"{name}|{key}": torch.as_tensor(value).contiguous()
         for name, each in found.get("state", {}).items()
@@ -92,9 +93,7 @@ def _optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     }
 
 
-def _set_optimizer_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors
-) -> None:
+def _set_optimizer_state(model: torch.nn.Module, optimizers: Optimizers, tensors: Tensors) -> None:
     state: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("|")
@@ -104,20 +103,22 @@ def _set_optimizer_state(
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [names[id(each)] for each in group["params"]]}
+        for optimizer in optimizers
         for group in optimizer.param_groups
     ]
     set_optimizer_state_dict(
         model,
-        optimizer,
+        optimizers,
         {"state": state, "param_groups": groups},
         options=StateDictOptions(full_state_dict=True),
     )
     # The fused step pairs values by their place in memory: those of a weight that lies channels
     # last must lie so too.
-    for parameter, kept in optimizer.state.items():
-        for key, value in kept.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    for optimizer in optimizers:
+        for parameter, kept in optimizer.state.items():
+            for key, value in kept.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _named_parameters(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -128,7 +129,7 @@ def save(
     path: Path,
     progress: Progress,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     average: Average,
     curve: torch.Tensor,
     *,
@@ -141,7 +142,7 @@ def save(
     Raises OutOfSpaceError.
     """
     tensors = {_MODEL + name: each for name, each in _trained_state(model).items()}
-    for name, each in _optimizer_state(model, optimizer).items():
+    for name, each in _optimizer_state(model, optimizers).items():
         tensors[_OPTIMIZER + name] = each
     if average:
         with average.applied():
@@ -152,9 +153,9 @@ def save(
 
 
 def load(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: Average
+    path: Path, model: torch.nn.Module, optimizers: Optimizers, average: Average
 ) -> tuple[Progress, torch.Tensor]:
-    """Set model, optimizer and averaged weights to the state in ``path``; where the run stands and
+    """Set model, optimizers and averaged weights to the state in ``path``; where the run stands and
     its curve are returned. Every process must call it. Raises CorruptArtifactError.
     """
     tensors, body = read(path)
@@ -163,7 +164,7 @@ def load(
             _set_trained_state(model, _below(_AVERAGE, tensors))
             average.take()
         _set_trained_state(model, _below(_MODEL, tensors))
-        _set_optimizer_state(model, optimizer, _below(_OPTIMIZER, tensors))
+        _set_optimizer_state(model, optimizers, _below(_OPTIMIZER, tensors))
         return Progress(**body), tensors[_CURVE]
 
 

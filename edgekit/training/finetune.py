@@ -112,8 +112,11 @@ def run(run: Run, settings: FinetuneSettings) -> TrainingReport:
     state: dict[str, torch.Tensor] = {}
     adapter: adapters.Adapter | None = None
     if run.main:
-        if settings.method == "qlora":  # the adapters go into the floats that the codes are of
-            model = _with_adapters(pretrained.model(found, _CLASS), settings)
+        if settings.method == "qlora" or run.shards:
+            # Adapters go into the floats that the codes are of, and weights into a whole model.
+            model = pretrained.model(found, _CLASS)
+            if settings.method != "full":
+                model = _with_adapters(model, settings)
         model.load_state_dict(_trained_part(model, fitted.state), strict=False)
         if settings.method != "full":
             adapter = adapters.taken_from(model, settings.model)

@@ -287,6 +287,7 @@ def _taught(
         fitted = run.fit(task, changed)
     else:  # too many for the report's table and picture
         fitted = trainer.fit(task, changed, run.work / name, run.accelerator, run.say)
+    network = _network(start, settings, len(data.labels), method)
     network.load_state_dict(fitted.state)
     return fitted, network
 

@@ -39,7 +39,7 @@ class MemorySum:
     def __str__(self) -> str:
         parts = (
             f"gradients {_mb(self.gradients)}",
-            f"AdamW {_mb(self.optimizer)}",
+            f"optimizer {_mb(self.optimizer)}",
             f"averaged weights {_mb(self.average)}",
             f"activations {_mb(self.activations)} ({self.samples} samples of"
             f" {_mb(self.per_sample)})",
@@ -73,8 +73,9 @@ def measure(
 ) -> MemorySum:
     """The sum for micro-batches of ``samples``; ``forward(n)`` is the loss of ``n`` samples.
 
-    AdamW keeps two values a weight (Kingma and Ba 2015, algorithm 1), gradients are a third. What
-    autograd saves is counted tensor by tensor, each storage once. Buffers are left as they were.
+    AdamW keeps two values a weight (Kingma and Ba 2015, algorithm 1; Muon one, so with it the sum
+    is an upper bound), gradients are a third. What autograd saves is counted tensor by tensor, each
+    storage once. Buffers are left as they were.
     """
     weights = [each for each in model.parameters() if each.requires_grad]
     size_bytes = sum(_local(each) for each in weights)

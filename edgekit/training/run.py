@@ -53,6 +53,11 @@ class Run:
         """Whether this process is the one that writes."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def shards(self) -> bool:
+        """Whether a model that was trained has only a shard of its weights here."""
+        return bool(self.accelerator.num_processes > 1 and self._settings["parallel"] == "fsdp")
+
     def fit(self, task: Task, settings: Settings) -> Fitted:
         """Train ``task``, or take what an earlier start came to. Raises as trainer.fit."""
         fitted = trainer.fit(task, settings, self.work / task.name, self.accelerator, self.say)
@@ -204,6 +209,8 @@ def _accelerator(settings: Settings) -> Accelerator:
     # What makes matrix products on a GPU repeatable (torch's notes on reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Or torch fills whatever it allocates, for those who read what nobody wrote: 5% of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 from edgekit.errors import DataError, DivergedError, DoesNotFitError
-from edgekit.training import checkpoint, memory, schedule
+from edgekit.training import checkpoint, memory, optimizer, schedule
 from edgekit.training.average import Average
 from edgekit.training.curves import Point
 from edgekit.training.settings import Settings
@@ -54,6 +54,7 @@ class Task:
     into pieces and spread over processes. Augmentation belongs into ``loss``; torch's generator is
     seeded for each step. ``evaluate(model)`` returns figures of held-out data, in evaluation mode,
     "loss" among them. A sample counts as ``units`` of ``unit`` in progress ("images", "tok").
+    ``optimizers`` shares the weights among optimizers.
     """
 
     name: str
@@ -64,11 +65,14 @@ class Task:
     terms: Callable[[Batch], torch.Tensor] = _one_a_sample
     unit: str = "images"
     units: int = 1
+    optimizers: optimizer.Choose = optimizer.adamw
 
 
 @dataclass(frozen=True)
 class Status:
-    """What progress shows: where the work stands, and how fast it goes."""
+    """What progress shows: where the work stands, and how fast it goes. Before the very first step
+    ``memory`` says what a step needs, and there is no loss yet.
+    """
 
     phase: str
     step: int
@@ -78,6 +82,7 @@ class Status:
     per_s: float
     unit: str
     left_s: float
+    memory: str = ""
 
 
 Say = Callable[[Status], None]
@@ -85,10 +90,10 @@ Say = Callable[[Status], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a task came to. ``state`` is the whole state dict on the CPU: the averaged weights where
-    the settings ask for them, those of the best evaluation where they ask for patience. It is empty
-    on all processes but the main one where the model is sharded. ``evaluations`` each have "step"
-    and what Task.evaluate returned; the last one is of ``state``.
+    """What a task came to. ``state`` is the whole state dict on the CPU, of every process: the
+    averaged weights where the settings ask for them, those of the best evaluation where they ask
+    for patience. It belongs into a model that is built anew: the task's own may have shards alone.
+    ``evaluations`` each have "step" and what Task.evaluate returned; the last one is of ``state``.
     """
 
     name: str
@@ -142,7 +147,7 @@ class _Loop:
         _check_data(task, settings, self.share)
         self.path, self.best_path = place / "checkpoint.safetensors", place / "best.safetensors"
         self.model = _distributed(task.model, settings, accelerator)
-        self.optimizer = _adamw(self.model, settings)
+        self.optimizers = task.optimizers(self.model, settings)
         self.progress = checkpoint.Progress()
         self.curve: list[Point] = []
         self._begun_s = 0.0
@@ -158,7 +163,7 @@ class _Loop:
         self.average = Average(self.model, self.settings.ema)
         if resumes:
             self.progress, curve = checkpoint.load(
-                self.path, self.model, self.optimizer, self.average
+                self.path, self.model, self.optimizers, self.average
             )
             self.curve = [tuple(row) for row in curve.tolist()]
         self._begun_s = time.monotonic() - self.progress.seconds
@@ -184,7 +189,7 @@ class _Loop:
         return self._fitted()
 
     def close(self) -> None:
-        """Let go of the optimizer's memory, and of what surrounds the model."""
+        """Let go of the optimizers' memory, and of what surrounds the model."""
         self.accelerator.free_memory()
 
     # A step
@@ -193,13 +198,15 @@ class _Loop:
         settings, model = self.settings, self.model
         model.train()
         rate = settings.lr * schedule.factor(settings, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for each in self.optimizers:
+            for group in each.param_groups:
+                group["lr"] = rate
         _seed(settings.seed, step, self.rank)
         pieces = [self._on_device(each) for each in self._pieces(step)]
         terms = torch.stack([self.task.terms(piece).to(self._sum.device) for piece in pieces]).sum()
         everywhere = self.accelerator.reduce(terms.double(), "sum")
-        self.optimizer.zero_grad(set_to_none=True)
+        for each in self.optimizers:
+            each.zero_grad(set_to_none=True)
         for number, piece in enumerate(pieces):
             with _gradients_stay_here(model, number < len(pieces) - 1):
                 with self._precision():
@@ -211,7 +218,8 @@ class _Loop:
         limit = settings.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(_trained(model), limit)
         self._norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.optimizer.step()
+        for each in self.optimizers:
+            each.step()
         if self.average:
             self.average.update(step)
 
@@ -262,7 +270,7 @@ class _Loop:
                 " kept",
             )
         progress.seconds = time.monotonic() - self._begun_s
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizers[0].param_groups[0]["lr"]
         self.curve.append((progress.step, loss, rate, norm, progress.seconds))
         self._sum.zero_()
         self._terms.zero_()
@@ -315,7 +323,7 @@ class _Loop:
             self.path,
             self.progress,
             self.model,
-            self.optimizer,
+            self.optimizers,
             self.average,
             torch.tensor(self.curve, dtype=torch.float64),
             main=self.accelerator.is_main_process,
@@ -331,7 +339,7 @@ class _Loop:
             evaluations.append(min(evaluations, key=lambda each: each["loss"]))
         else:
             with self.average.applied():
-                state = checkpoint.model_state(self.model)
+                state = checkpoint.model_state(self.model, everywhere=True)
         return Fitted(
             name=self.task.name,
             state=state,
@@ -361,6 +369,11 @@ class _Loop:
             device=self.accelerator.device,
         )
         found.check()
+        if self.accelerator.is_main_process:
+            none = (math.nan, 0.0, 0.0)
+            self.say(
+                Status(self.task.name, 0, settings.steps, *none, self.task.unit, 0.0, str(found))
+            )
 
 
 def _check_data(task: Task, settings: Settings, share: int) -> None:
@@ -399,17 +412,6 @@ def _order(seed: int, turn: int, count: int) -> torch.Tensor:
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in model.parameters() if each.requires_grad]
-
-
-def _adamw(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2); vectors (biases, gains) do not decay."""
-    weights = _trained(model)
-    groups = [
-        {"params": [w for w in weights if w.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
 
 def _distributed(

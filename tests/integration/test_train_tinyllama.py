@@ -94,7 +94,13 @@ def test_experts_are_a_mixtral_beside_their_dense_twin(tmp_path: Path, data: Pat
     out = tmp_path / "sparse"
     pairs = [f"text={data / 'prose.txt'}", "pairs=", "size=toy", "length=64", "steps=30", "batch=8"]
     pairs += ["held_tokens=2000", "n_ctx=128", "latency=no", "threads=1", "lr=1e-2", "ngram=no"]
-    body = train("tinyllama", [*pairs, "experts=4"], out, resume=False, say=lambda status: None)
+    body = train(
+        "tinyllama",
+        [*pairs, "experts=4", "optimizer=adamw"],
+        out,
+        resume=False,
+        say=lambda status: None,
+    )
     sparse, twin = (row["figures"] for row in body["results"])
     assert [row["name"] for row in body["results"]] == ["sparse", "dense twin"]
     # As much work a token, but for the router; four halves of the feed-forward part for one whole.

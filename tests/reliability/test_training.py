@@ -88,6 +88,8 @@ def toy_tinyllama(folder: Path) -> list[str]:
 @pytest.mark.parametrize("experts", [0, 4])
 def test_three_kills_in_any_phase_of_tinyllama_change_nothing(tmp_path: Path, experts: int) -> None:
     pairs = [*toy_tinyllama(tmp_path), f"experts={experts}"]
+    if experts:
+        pairs.append("optimizer=adamw")
     killed_at_random_points(tmp_path, 3, "tinyllama", *pairs)
 
 
@@ -194,3 +196,97 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         assert other["state"] == pytest.approx(one["state"], rel=1e-3, abs=1e-4), name
     # A sharded run that was killed goes on as the one that was not.
     assert found["stopped"]["losses"] == found["shards"]["losses"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, pairs, and a model that is their toy."""
+    folder = tmp_path_factory.mktemp("small")
+    train_tinyllama(folder)
+    return folder
+
+
+def toy_of(recipe: str, small: Path) -> list[str]:
+    """Few steps of ``recipe``, without anything that differs from process to process."""
+    last = ["threads=1", "latency=no", "precision=fp32", "steps=12", "batch=8", "log_every=1"]
+    if recipe == "tinyllama":
+        return once([*toy_tinyllama(small), "tune_steps=6", "eval_every=0", "ngram=no", *last])
+    model = f"model={small / 'model' / 'base'}"
+    if recipe == "finetune":
+        return [model, f"data={small / 'pairs.jsonl'}", "held=2", *last]
+    cut = ["layers=0.5", "inner=0.5", "length=64", "held_tokens=1000"]
+    return [model, f"text={small / 'prose.txt'}", *cut, *last]
+
+
+def once(pairs: list[str]) -> list[str]:
+    """The last of those with the same key."""
+    return list({pair.partition("=")[0]: pair for pair in pairs}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("tinyllama", ()),
+        ("tinyllama", ("experts=4", "optimizer=adamw", "capacity=9", "balance=0", "twin=no")),
+        ("finetune", ("method=lora",)),
+        ("finetune", ("method=qlora",)),
+        ("finetune", ("method=full",)),
+        ("finetune", ("method=lora", "teach=preferences")),
+        ("distill-lm", ()),
+    ],
+)
+def test_two_processes_train_a_language_model_as_one_does(
+    tmp_path: Path, small: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    pairs = once([*toy_of(recipe, small), *more])
+    found = forks("join", tmp_path, "one,copies,shards", recipe, *pairs)
+    assert found == {"one": [0], "copies": [0, 0], "shards": [0, 0]}
+    reports = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in found}
+    assert [reports[name]["processes"] for name in found] == [1, 2, 2]
+    losses = {
+        name: [row["figures"]["loss"] for row in body["results"]] for name, body in reports.items()
+    }
+    for name in ("copies", "shards"):
+        assert losses[name] == pytest.approx(losses["one"], rel=2e-3), name
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            path.name for path in (tmp_path / "one").iterdir()
+        }
+
+
+VISION = {
+    "minimal": ("side=8", "widths=10,20", "blocks=1,1", "flip=no", "shift=0"),
+    "vit-qat": (
+        *("side=8", "channels=1", "patch=2", "width=32", "depth=1", "heads=2", "hidden=64"),
+        *("tune_steps=12", "calibration=32", "formats=w4a4"),
+    ),
+    "finetune-vit": (
+        *("start_steps=10", "width=32", "layers=2", "patch=8", "examples=48", "seeds=1"),
+        *("rates=1e-2", "methods=lora,linear,adapter"),
+    ),
+    "distill": ("side=8", "channels=1", "flip=no", "shift=0", "widths=8,12", "blocks=1,1"),
+    **OTHERS,
+}
+NO_SHARDS = {"dual-encoder"}  # a single number has none: it says so
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", VISION)
+def test_two_processes_train_a_vision_recipe_to_its_end(tmp_path: Path, recipe: str) -> None:
+    """Batch norms and augmentation look at a process's own share, so the numbers differ."""
+    drawn = digit_folder if recipe in OTHERS else picture_folder
+    data = drawn(tmp_path / "pictures", each=40)
+    pairs = [f"data={data}", *VISION[recipe], "steps=12", "batch=16", "threads=1", "latency=no"]
+    if recipe == "finetune-vit":
+        pairs.append(f"start_data={data}")
+    if recipe == "distill":
+        pairs.append("teacher_steps=12")
+    ways = "one,copies" if recipe in NO_SHARDS else "one,copies,shards"
+    found = forks("join", tmp_path, ways, recipe, *once(pairs))
+    assert set().union(*found.values()) == {0}
+    reports = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in found}
+    rows = {
+        name: [(row["name"], row["figures"].get("parameters")) for row in body["results"]]
+        for name, body in reports.items()
+    }
+    assert all(each == rows["one"] for each in rows.values())

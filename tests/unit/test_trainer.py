@@ -21,7 +21,7 @@ from edgekit.errors import (
     DoesNotFitError,
     OutOfSpaceError,
 )
-from edgekit.training import checkpoint, memory, schedule, trainer
+from edgekit.training import checkpoint, memory, optimizer, schedule, trainer
 from edgekit.training.settings import Settings
 from edgekit.training.trainer import Batch, Fitted, Status, Task
 
@@ -41,13 +41,21 @@ class Killed(Exception):
     """Stands for the process's end: nothing after the step runs."""
 
 
-def fit(place: Path, settings: Settings = SETTINGS, *, stop_at: int = 0, **changed: Any) -> Fitted:
-    def say(status: Status) -> None:
-        if status.step == stop_at:
+def fit(
+    place: Path,
+    settings: Settings = SETTINGS,
+    *,
+    stop_at: int = 0,
+    say: Callable[[Status], None] = lambda status: None,
+    **changed: Any,
+) -> Fitted:
+    def told(status: Status) -> None:
+        say(status)
+        if stop_at and status.step == stop_at:
             raise Killed
 
     task = Task("points", network(), Points(), square, loss_on_points)
-    return trainer.fit(replace(task, **changed), settings, place, Accelerator(cpu=True), say)
+    return trainer.fit(replace(task, **changed), settings, place, Accelerator(cpu=True), told)
 
 
 def loss_on_points(model: torch.nn.Module) -> dict[str, float]:
@@ -263,6 +271,40 @@ def test_what_does_not_fit_the_memory_is_told_before_the_first_step(
     assert not stepped and not list(tmp_path.iterdir())
     assert "activations" in caught.value.message and "16 samples" in caught.value.message
     assert "accumulate=" in str(caught.value.hint)
+
+
+def test_what_a_step_needs_is_told_before_the_first_one(tmp_path: Path) -> None:
+    told: list[Status] = []
+    with pytest.raises(Killed):
+        fit(tmp_path, stop_at=5, say=told.append)
+    assert [status.step for status in told] == [0, 1, 2, 3, 4, 5]
+    assert "activations" in told[0].memory and not any(status.memory for status in told[1:])
+    told.clear()
+    fit(tmp_path, say=told.append)  # it goes on: nothing is new
+    assert not any(status.memory for status in told)
+
+
+def test_muon_learns_and_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    muon = {"optimizers": optimizer.muon}
+    whole = fit(tmp_path / "whole", **muon)
+    assert whole.figures["loss"] < whole.evaluations[0]["loss"]
+    assert not same(whole, fit(tmp_path / "adamw"))
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", stop_at=13, **muon)
+    assert same(fit(tmp_path / "cut", **muon), whole)
+
+
+def test_muon_moves_matrices_of_the_blocks_alone_and_as_far_in_all_directions() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 16), torch.nn.Linear(16, 8))
+    before = model[1].weight.detach().clone()
+    settings = replace(SETTINGS, weight_decay=0.0)
+    matrices, rest = optimizer.muon(model, settings)
+    assert [each.shape for each in matrices.param_groups[0]["params"]] == [(8, 16)]
+    assert sum(len(group["params"]) for group in rest.param_groups) == 2
+    model(torch.arange(9)).square().sum().backward()
+    matrices.step()
+    moved = torch.linalg.svdvals(before - model[1].weight.detach()) / (1e-2 * 0.2 * 16**0.5)
+    assert float(moved.min()) > 0.5 and float(moved.max()) < 1.5
 
 
 def test_the_sum_of_the_memory_counts_what_autograd_keeps() -> None:
