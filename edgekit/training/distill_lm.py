@@ -9,6 +9,7 @@ equation 8; widths are equal, so nothing is projected) and its last layer's atte
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from edgekit import _fs
 from edgekit.errors import RecipeError
+from edgekit.formats import json_file
 from edgekit.training import deploy, language, model_texts, pretrained, texts
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
@@ -82,8 +85,12 @@ def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
         with strictly_repeatable():
             return run.fit(task, settings)
 
-    with torch.no_grad():
-        scores = {"teacher": judge(teacher), "cut": judge(cut(teacher, kept, settings.inner))}
+    def untrained(path: Path) -> None:
+        with torch.no_grad():
+            found = {"teacher": judge(teacher), "cut": judge(cut(teacher, kept, settings.inner))}
+        _fs.write_atomic(path, json.dumps(found).encode())
+
+    scores = dict(json_file.read(run.once("untrained.json", untrained)))
     taught = fitted("taught", loss_of(teacher, kept, settings))
     scores["taught"] = taught.figures
     if settings.baseline:
@@ -215,10 +222,12 @@ def attention_loss(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """The mean square of the difference, against that of the teacher's own values: layers differ
-    by orders of magnitude.
+    """The mean square of the difference, for each token against that of the teacher's own values:
+    layers differ by orders of magnitude, and so do tokens (Sun et al. 2024, "Massive activations in
+    large language models", section 2): the first of a text would drown all others.
     """
-    return (mine.float() - theirs.float()).square().mean() / theirs.float().square().mean()
+    size = theirs.float().square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((mine.float() - theirs.float()).square().mean(-1) / size).mean()
 
 
 RECIPE = Recipe(
