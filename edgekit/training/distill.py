@@ -1,4 +1,4 @@
-"""Recipe: a small image classifier that learns from a large one: its answers, and its features.
+"""Recipe: a small image classifier that learns from a large one: answers, features, attention.
 
 The student is the teacher with a part of its channels, cut by what each does for the loss, or a
 narrow network of its own. It is trained twice from the same weights, for as many steps, on the same
@@ -46,7 +46,7 @@ class DistillSettings(classify.ClassifierSettings):
     """
 
     teacher: str = setting("", "folder of a network that prune left; empty: trained here")
-    teacher_steps: int = setting(1600, "steps of a teacher that is trained here")
+    teacher_steps: int = setting(1000, "steps of a teacher that is trained here")
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage of such a teacher")
     blocks: tuple[int, ...] = setting((1, 1, 1), "its blocks of each stage")
@@ -57,12 +57,15 @@ class DistillSettings(classify.ClassifierSettings):
     temperature: float = setting(4.0, "that softens the answers")
     answers: float = setting(0.9, "weight of the teacher's answers; the labels have the rest")
     features: float = setting(1.0, "weight of the teacher's features; 0 leaves them out")
+    attention: float = setting(1.0, "weight of where the teacher looks; 0 leaves it out")
     smoothing: float = setting(0.0, "label smoothing, of all three alike")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.keep < 1 and 0 <= self.answers <= 1 and self.features >= 0):
-            raise RecipeError("keep and answers are shares, features must not be negative")
+        if not (0 < self.keep < 1 and 0 <= self.answers <= 1):
+            raise RecipeError("keep and answers are shares")
+        if min(self.features, self.attention) < 0:
+            raise RecipeError("features and attention must not be negative")
         if self.temperature <= 0 or self.teacher_steps < 1:
             raise RecipeError("temperature and teacher_steps must be more than 0")
 
@@ -168,7 +171,7 @@ class _Work:
         return Trained(config, weights(self.run, fitted), fitted.figures)
 
     def taught(self, teacher: Trained, config: dict[str, Any], start: State | None) -> Trained:
-        """The same network, that learns from labels, answers and features."""
+        """The same network, that learns from labels, answers, features and attention."""
         settings, data = self.settings, self.data
         master = teacher.network().eval().requires_grad_(False)
         master = master.to(self.run.accelerator.device, memory_format=torch.channels_last)
@@ -181,13 +184,14 @@ class _Work:
             with torch.no_grad():
                 its = master.features(inputs)
                 answer = master.classify(its[-1])
-            logits, mine = model(inputs)
+            logits, made, mine = model(inputs)
             labels = F.cross_entropy(
                 logits.float(), classes, reduction="sum", label_smoothing=settings.smoothing
             )
             soft = distillation.of_answers(logits, answer, settings.temperature)
             total = (1 - settings.answers) * labels + settings.answers * soft
-            return total + settings.features * distillation.of_features(mine, its)
+            total = total + settings.features * distillation.of_features(made, its)
+            return total + settings.attention * distillation.of_attention(mine, its)
 
         student = self._started(config, start)
         pupil = distillation.Pupil(student, _widths(config), _widths(teacher.config))
@@ -228,7 +232,7 @@ def _widths(config: Any) -> list[int]:
 RECIPE = Recipe(
     "distill",
     DistillSettings(
-        steps=1000,
+        steps=800,
         batch=128,
         lr=4e-3,
         ema=0.998,

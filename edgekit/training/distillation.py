@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Answer = tuple[torch.Tensor, list[torch.Tensor]]
+# Logits, a student's features brought to the teacher's channels, and these features as they are.
+Answer = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 def of_answers(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -38,10 +39,28 @@ def of_features(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
     return torch.stack(parts).mean()
 
 
+def of_attention(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Half the squared distance of where both look, in the mean over the layers, summed over the
+    batch. Where a layer looks is the sum of its channels' squares at each place, as a vector of
+    length 1 (Zagoruyko and Komodakis 2017, "Paying More Attention to Attention",
+    https://arxiv.org/abs/1612.03928, section 3.1: activation-based attention transfer).
+    Features [batch, channels, height, width], channels of any number.
+    """
+    parts = []
+    for mine, its in zip(student, teacher, strict=True):
+        apart = _attention(mine) - _attention(its)
+        parts.append(apart.square().sum() / 2)
+    return torch.stack(parts).mean()
+
+
+def _attention(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.float().square().sum(1).flatten(1), dim=1)
+
+
 class Pupil(nn.Module):
     """A student, and a 1x1 convolution for each of its stages that brings its channels to the
-    teacher's (FitNets' regressor). In training mode it answers with logits and the features that
-    these make; in evaluation mode with the student's logits alone.
+    teacher's (FitNets' regressor). In training mode it gives an Answer, in evaluation mode the
+    student's logits alone.
     """
 
     def __init__(
@@ -58,7 +77,7 @@ class Pupil(nn.Module):
         if not self.training:
             return logits
         made = [layer(each) for layer, each in zip(self.regressors, features, strict=True)]
-        return logits, made
+        return logits, made, features
 
 
 def of_student(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

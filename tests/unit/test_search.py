@@ -139,14 +139,27 @@ def test_features_that_are_the_teachers_cost_nothing() -> None:
     assert float(distillation.of_features(silent, teacher)) == pytest.approx(1.0, rel=1e-5)
 
 
+def test_attention_is_where_channels_are_large_however_many_they_are() -> None:
+    teacher = torch.zeros(1, 3, 2, 2)
+    teacher[0, :, 0, 0] = torch.tensor([1.0, -2.0, 2.0])  # all at one place
+    same, elsewhere = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+    same[0, 1, 0, 0], elsewhere[0, 0, 1, 1] = -0.1, 7.0
+    assert float(distillation.of_attention([same], [teacher])) == pytest.approx(0, abs=1e-6)
+    # Vectors of length 1 at right angles: half of the squared distance is 1, for each image.
+    assert float(distillation.of_attention([elsewhere], [teacher])) == pytest.approx(1)
+    both = [torch.cat([same, elsewhere]), elsewhere], [teacher.repeat(2, 1, 1, 1), teacher]
+    assert float(distillation.of_attention(*both)) == pytest.approx(1)
+
+
 def test_a_pupil_answers_as_its_student_does() -> None:
     torch.manual_seed(0)
     config = residual.config((1, 8, 8), 3, kind="basic", widths=(4, 6), blocks=(1, 1))
     student = residual.build(config)
     pupil = distillation.Pupil(student, [4, 6], [8, 12])
     images = torch.randn(2, 1, 8, 8)
-    logits, made = pupil.train()(images)
+    logits, made, own = pupil.train()(images)
     assert logits.shape == (2, 3) and [each.shape[1] for each in made] == [8, 12]
+    assert [each.shape[1] for each in own] == [4, 6]
     assert torch.equal(pupil.eval()(images), student.eval()(images))
     state = distillation.of_student(pupil.state_dict())
     again = residual.build(config)
