@@ -19,7 +19,7 @@ FILE = "training.json"
 PAGE = "training.md"
 _SCHEMA = 1
 _MAX_BYTES = 8 << 20
-_SHARES = ("accuracy", "share", "mfu", "low", "high", "difference")
+_SHARES = ("accuracy", "recall", "share", "mfu", "low", "high", "difference")
 
 
 @dataclass(frozen=True)

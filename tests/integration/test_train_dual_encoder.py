@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from training_data import digit_folder
 
 import edgekit
@@ -91,6 +92,21 @@ def test_pictures_that_share_a_caption_are_each_others() -> None:
     # log 2 for each of the four that have two right answers, halved.
     assert float(shared) == pytest.approx(2 * np.log(2), abs=1e-4)
     assert float(alone) == pytest.approx(2 * np.log(2), abs=1e-4)
+
+
+def test_what_is_found_among_the_first_is_counted_both_ways() -> None:
+    captions = torch.tensor([4, 4, 1, 0])  # of 8, five of which no picture shows
+    logits = torch.zeros(4, 8)
+    logits[0, 4], logits[2, 1] = 9.0, 9.0
+    logits[1] = torch.tensor([5.0, 6.0, 3.0, 4.0, 0.0, 1.0, 2.0, 7.0])  # its own comes last
+    logits[3] = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.5, 0.0, -1.0, -2.0])  # its own is the fourth
+    found = dual_encoder.retrieval(logits, captions)
+    assert found["caption_recall_5"] == pytest.approx(3 / 4)
+    # Caption 0 finds picture 1 first, captions 1 and 4 their own; of four pictures all are near.
+    assert found["picture_recall_1"] == pytest.approx(2 / 3)
+    assert found["picture_recall_5"] == 1.0
+    best = dual_encoder.retrieval(F.one_hot(captions, 8).float(), captions)
+    assert set(best.values()) == {1.0}
 
 
 @pytest.mark.slow
