@@ -74,7 +74,8 @@ def _network(data: Labelled) -> Minimal:
 
 def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
     """The distance of two sets of features [samples, width] as if each were Gaussian (Heusel et al.
-    2017, "GANs Trained by a Two Time-Scale Update Rule", section 3, equation 6):
+    2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
+    https://arxiv.org/abs/1706.08500, where the distance got its name FID):
     |m - n|^2 + trace(C + D - 2 (C D)^(1/2)).
     """
     apart = (one.mean(0) - other.mean(0)).square().sum()

@@ -2,8 +2,9 @@
 
 Knows tensors, steps and ranges; never a network, and never how levels are stored.
 
-Esser et al. 2020, "Learned Step Size Quantization" (LSQ); Bhalgat et al. 2020, "LSQ+: Improving
-low-bit quantization through learnable offsets and better initialization".
+Esser et al. 2020, "Learned Step Size Quantization" (LSQ, https://arxiv.org/abs/1902.08153); Bhalgat
+et al. 2020, "LSQ+: Improving low-bit quantization through learnable offsets and better
+initialization" (https://arxiv.org/abs/2004.09576).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _SEARCHED = 1 << 14  # values that a range is searched on
 class OnGrid(torch.autograd.Function):
     """``round(clip((x - offset) / step, low, high)) step + offset`` and its gradients.
 
-    LSQ, section 2.1: to ``x`` the gradient passes where it is inside the range (equation 5); the
-    step's is ``round(v) - v`` inside and the range's end outside, ``v = (x - offset) / step``
-    (equation 3), multiplied by ``scale``. LSQ+, section 3.1: the offset's is 1 outside, 0 inside.
+    LSQ: the step's is ``round(v) - v`` inside the range and the range's end outside, ``v = (x -
+    offset) / step`` (section 2.1, equation 3), multiplied by ``scale`` (section 2.2); to ``x`` it
+    passes where it is inside (section 2.3). LSQ+: the offset's is 1 outside, 0 inside.
     ``step`` and ``offset`` are of one value, or of one for each entry of the first axis.
     """
 
@@ -183,8 +184,8 @@ def whole_range(x: torch.Tensor, levels: Levels) -> tuple[torch.Tensor, torch.Te
 
 
 def least_error(x: torch.Tensor, levels: Levels) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step and the offset of the least squared error (LSQ+, section 3.2), by trying parts of
-    the whole range.
+    """The step and the offset of the least squared error (how LSQ+ starts), by trying parts of the
+    whole range.
     """
     x, low, high = _some(x), x.min(), x.max()
     best = (math.inf, whole_range(x, levels))

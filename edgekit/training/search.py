@@ -76,7 +76,8 @@ def ranks(standings: Sequence[Standing]) -> list[int]:
 
 def goes_on(own: Standing, rivals: Sequence[Standing], keep: float) -> bool:
     """Whether a trial at a rung is among the share ``keep`` of those that came so far, by their
-    fronts (Schmucker et al. 2021, "Multi-objective Asynchronous Successive Halving", section 4).
+    fronts (Schmucker et al. 2021, "Multi-objective Asynchronous Successive Halving",
+    https://arxiv.org/abs/2106.12639).
     """
     found = ranks([*rivals, own])
     better = sum(rank < found[-1] for rank in found)

@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). GELU gives no less than -0.17: an offset of
-    its range keeps the levels where the values are (LSQ+, section 3.1). The sums stay float.
+    its range keeps the levels where the values are (LSQ+: a learned offset). The sums stay float.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, bits: Bits) -> None:

@@ -154,8 +154,8 @@ def run(run: Run, settings: VitQatSettings) -> TrainingReport:
 
 def taught_by(teacher: nn.Module, data: Labelled, settings: VitQatSettings) -> Loss:
     """(1 - a) cross-entropy with the labels + a KL(teacher || student), summed over the images of a
-    batch (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; with a
-    temperature of 1 and equal parts in LSQ, section 3.6).
+    batch (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; LSQ, too,
+    has it, with a temperature of 1 and equal parts).
     """
     part = settings.distill
 
