@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,37 +123,44 @@ def test_a_board_that_nobody_knows_is_refused(pictures: Path, tmp_path: Path) ->
 def test_a_search_that_is_killed_keeps_its_trials_and_leaves_no_workers(
     pictures: Path, tmp_path: Path
 ) -> None:
-    pairs = (f"data={pictures}", *TOY, *QUICK, *NAS, "hours=0.012", "workers=2")
+    pairs = (f"data={pictures}", *TOY, *QUICK, *NAS, "hours=0.02", "workers=2")
     out = tmp_path / "run"
     code = (
         "import sys; from pathlib import Path; from edgekit.training.recipe import train;"
         "train('nas', sys.argv[2:], Path(sys.argv[1]), resume=True, say=lambda status: None)"
     )
     command = [sys.executable, "-c", code, str(out), *pairs]
+    study = tmp_path / "run.training" / "study.db"
     seen = 0
-    for wait_s in (14, 9, 11):
-        process = subprocess.Popen(command)
-        time.sleep(wait_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        study = tmp_path / "run.training" / "study.db"
-        if study.exists():
-            count = _trials(study)
-            assert count >= seen
-            seen = count
-        time.sleep(3)
-        assert not _workers(process.pid)
+    for more in (1, 2, 3):  # trials that end before the kill, which comes in the middle of others
+        seen = _killed_at(command, study, seen + more)
     body = trained("nas", out, *pairs)
     assert seen and int(body["remarks"][0].split()[0]) >= seen
     assert not out.with_name("run.training").exists()
 
 
-def _trials(study: Path) -> int:
-    import sqlite3
+def _killed_at(command: list[str], study: Path, trials: int) -> int:
+    """Kill the search when so many trials have ended, however busy the machine is; how many had."""
+    process = subprocess.Popen(command)
+    until_s = time.monotonic() + 120
+    while not study.exists() or _trials(study) < trials:
+        assert time.monotonic() < until_s and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until_s = time.monotonic() + 60
+    while _workers(process.pid):
+        assert time.monotonic() < until_s, "workers outlive their search"
+        time.sleep(0.1)
+    return _trials(study)
 
-    with sqlite3.connect(study) as file:
+
+def _trials(study: Path) -> int:
+    """How many have ended; 0 while the file is being made."""
+    with closing(sqlite3.connect(study)) as file, suppress(sqlite3.OperationalError):
         query = "select count(*) from trials where state in ('COMPLETE', 'PRUNED')"
         return int(file.execute(query).fetchone()[0])
+    return 0
 
 
 def _workers(parent: int) -> list[int]:
