@@ -46,7 +46,11 @@ CATALOGUE = {
         "A language model made smaller at once: layers, channels or single weights go."
     ),
     "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
-    "video": Entry("A classifier of short clips: frames that meet by shifts of channels (TSM)."),
+    "video": Entry(
+        "A classifier of short clips: frames that meet by shifts of channels (TSM).",
+        "99.95% on eight motions of digits; without shifts 36.15%, at most 50% without order",
+        "benchmarks/train/run video",
+    ),
     "vit-qat": Entry(
         "A vision transformer of 4-bit weights and activations, by learned steps.",
         "88.25% on Fashion-MNIST, its float control 88.41%; 3 bits: 87.66%",

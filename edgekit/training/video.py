@@ -2,7 +2,8 @@
 
 A network for images looks at each frame; in each of its blocks a part of the channels comes from
 the frame before, and a part from the one after (Lin, Gan and Han 2019, "TSM: Temporal Shift Module
-for Efficient Video Understanding", section 3). The mean of the frames' votes decides (section 4.1).
+for Efficient Video Understanding", https://arxiv.org/abs/1811.08383, section 3). The mean of the
+frames' votes decides (section 4.1).
 The baseline is the same network without the shifts, trained alike: it sees all frames, and not
 their order. What it is to tell apart needs the order (``moving_digits``).
 """
@@ -210,12 +211,13 @@ def _right(network: nn.Module, test: Clips) -> list[bool]:
 RECIPE = Recipe(
     "video",
     VideoSettings(
-        steps=900,
+        steps=450,
         batch=32,
         lr=3e-3,
-        eval_every=300,
+        eval_every=150,
         checkpoint_every=100,
         weight_decay=0.05,
+        precision="bf16",
     ),
     run,
 )
