@@ -120,9 +120,13 @@ def _sources(graph: onnx.OnnxHeader, known: Mapping[str, float]) -> dict[str, se
 
 
 class Opened:
-    """A session that gives out values from inside: the engine's own fusion is off."""
+    """A session that gives out values from inside: the engine's own fusion is off. ``folded``: it
+    computes constants when it loads the file, which some of its kernels rely on.
+    """
 
-    def __init__(self, path: Path, header: onnx.OnnxHeader, names: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, header: onnx.OnnxHeader, names: Sequence[str], *, folded: bool = False
+    ) -> None:
         self._names = list(names)
         shown = {value.name for value in header.outputs}
         # Messages that follow one another are merged: the file gets further outputs.
@@ -131,7 +135,10 @@ class Opened:
         )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = (
+            levels.ORT_ENABLE_BASIC if folded else levels.ORT_DISABLE_ALL
+        )
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
         )

@@ -39,7 +39,8 @@ class Inside:
         self._names = [name for name in made if _SEEN.fullmatch(name)]
         if not {"0.qkv", "0.attention", "0.gate_up", "0.fed"} <= set(self._names):
             raise UsageError(f"{path.name} has no layers that edgekit knows by name")
-        self._session = Opened(path, header, self._names)
+        # Scales lie in float16, and the products of blocks want them as constants.
+        self._session = Opened(path, header, self._names, folded=True)
 
     def values(self, tokens: Sequence[int]) -> dict[str, Any]:
         """Of one fresh text: float32 [tokens, values] by name. Raises InferenceError."""

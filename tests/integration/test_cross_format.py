@@ -33,7 +33,8 @@ Gguf = Callable[[str], Path]
 FAMILIES = [
     pytest.param(name, marks=() if name == "llama2" else pytest.mark.slow)
     for name in tiny.MODELS
-    if name not in ("gpt2", "mixtral", "phi3-long")
+    # llama.cpp does not keep the window of Phi-3, and so answers otherwise: that is told, rightly.
+    if name not in ("gpt2", "mixtral", "phi", "phi3", "phi3-long")
 ]
 
 
