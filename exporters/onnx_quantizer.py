@@ -107,11 +107,11 @@ def _dynamic(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     prepared, out = ort_quantization.prepared(source, folder), folder / "dynamic.onnx"
-    with failing():
+    with failing(folder):
         smoothed = onnx_graph.load(prepared)
         count = onnx_smoothing.apply(smoothed, samples, kept, _DYNAMIC_BITS)
         onnx_graph.save(smoothed, prepared)
-    with failing():
+    with failing(folder):
         quantize_dynamic(
             prepared,
             out,

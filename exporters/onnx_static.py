@@ -130,7 +130,7 @@ class _Trials:
         self._progress(_STAGE, len(self.losses), self._steps)
         out = self._folder / f"static-{len(self.losses)}.onnx"
         source = self._equal if variant.equalized else self._plain
-        with failing():
+        with failing(self._folder):
             if variant.corrected:
                 before = self.files[replace(variant, corrected=False)]
                 rest = self._samples[_TRIALS:][:_CORRECTED]

@@ -23,6 +23,7 @@ Feeds = Sequence[Mapping[str, Any]]
 # Products of two activations stay float: attention is better fused. What an operator of another
 # domain makes is float where nobody says more (TensorProto.FLOAT).
 OPTIONS: dict[str, Any] = {"MatMulConstBOnly": True, "DefaultTensorType": 1}
+_FULL_BYTES = 1 << 16  # a disk with less is one that filled up
 
 
 def prepared(source: Path, folder: Path) -> Path:
@@ -30,7 +31,7 @@ def prepared(source: Path, folder: Path) -> Path:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     out = folder / "prepared.onnx"
-    with failing():
+    with failing(folder):
         quant_pre_process(source, out, skip_symbolic_shape=True)
     return out
 
@@ -57,14 +58,15 @@ def loss(wanted: list[Any], found: list[Any]) -> float:
 
 
 @contextlib.contextmanager
-def failing() -> Iterator[None]:
-    """Whatever the library raises becomes one ExportError."""
+def failing(folder: Path | None = None) -> Iterator[None]:
+    """Whatever the library raises becomes one ExportError; ``folder`` is where it writes."""
     try:
         yield
     except (ExportError, RecipeError):  # a full disk among them
         raise
     except Exception as error:  # the library's asserts, and the engine's own kinds
-        if _fs.is_full(error):
+        # The library writes through streams that do not say so, and then reads half a file.
+        if _fs.is_full(error) or (folder and _fs.free_bytes(folder) < _FULL_BYTES):
             raise OutOfSpaceError(
                 "the disk filled up during the export", hint="free some space and run it again"
             ) from error
