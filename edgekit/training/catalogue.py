@@ -45,7 +45,11 @@ CATALOGUE = {
     "prune-lm": Entry(
         "A language model made smaller at once: layers, channels or single weights go."
     ),
-    "tinyllama": Entry("A small Llama from raw text: tokenizer, pretraining, tuning on answers."),
+    "tinyllama": Entry(
+        "A small Llama from raw text: tokenizer, pretraining, tuning on answers.",
+        "1.390 bits per byte of held-out prose, 5-gram Kneser-Ney 1.391 (1.438 of as many tokens)",
+        "benchmarks/train/run tinyllama",
+    ),
     "video": Entry(
         "A classifier of short clips: frames that meet by shifts of channels (TSM).",
         "99.95% on eight motions of digits; without shifts 36.15%, at most 50% without order",
