@@ -425,6 +425,8 @@ def _distributed(
     from torch.distributed.fsdp import fully_shard
 
     model = model.to(accelerator.device)
+    for weight in model.parameters():  # shards are cut along rows: none may lie channels last
+        weight.data = weight.data.contiguous()
     for part in list(model.modules()):
         if isinstance(part, torch.nn.ModuleList):
             for block in part:
