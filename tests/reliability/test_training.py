@@ -264,7 +264,6 @@ VISION = {
         *("start_steps=10", "width=32", "layers=2", "patch=8", "examples=48", "seeds=1"),
         *("rates=1e-2", "methods=lora,linear,adapter"),
     ),
-    "distill": ("side=8", "channels=1", "flip=no", "shift=0", "widths=8,12", "blocks=1,1"),
     **OTHERS,
 }
 NO_SHARDS = {"dual-encoder"}  # a single number has none: it says so
@@ -279,8 +278,6 @@ def test_two_processes_train_a_vision_recipe_to_its_end(tmp_path: Path, recipe: 
     pairs = [f"data={data}", *VISION[recipe], "steps=12", "batch=16", "threads=1", "latency=no"]
     if recipe == "finetune-vit":
         pairs.append(f"start_data={data}")
-    if recipe == "distill":
-        pairs.append("teacher_steps=12")
     ways = "one,copies" if recipe in NO_SHARDS else "one,copies,shards"
     found = forks("join", tmp_path, ways, recipe, *once(pairs))
     assert set().union(*found.values()) == {0}
