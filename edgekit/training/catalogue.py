@@ -43,7 +43,9 @@ CATALOGUE = {
         "benchmarks/train/run prune sparse=no",
     ),
     "prune-lm": Entry(
-        "A language model made smaller at once: layers, channels or single weights go."
+        "A language model made smaller at once: layers, channels or single weights go.",
+        "SmolLM2 less 15% of its weights: perplexity 49.6 for 29.8 (chosen by size: 3.4 million)",
+        "benchmarks/train/run prune-lm",
     ),
     "tinyllama": Entry(
         "A small Llama from raw text: tokenizer, pretraining, tuning on answers.",
