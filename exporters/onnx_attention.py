@@ -2,23 +2,112 @@
 
 Knows where they stand in a traced graph, and which form engines keep in 8 bits from the projection
 to the softmax: symmetric and signed for what is multiplied, without a sign for shares, which lie
-between 0 and 1. Must never decide whether that loses too much: who calls it measures.
+between 0 and 1; and what may change in the projections so that one range fits all channels. Must
+never decide whether that loses too much: who calls it measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import helper
 
-from edgekit.exporters import ort_quantization
+from edgekit.exporters import onnx_smoothing, ort_quantization
 from edgekit.exporters.onnx_graph import Graph
+from edgekit.exporters.passes import fuse_attention
 
 Feeds = Sequence[Mapping[str, Any]]
 _TOP, _TOP_SHARE = 127, 255
+_TINY = 1e-6
+_STILL = 0.01  # of the median: a channel of queries or keys that moves less in samples
 _BETWEEN = ("Mul", "Div", "Add", "Identity", "Cast")  # the scores and their softmax
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x W + b that nobody but one Reshape into heads takes: its MatMul, its Add, and the bias,
+    float32 [channels], which stands at ``side`` of the Add.
+    """
+
+    product: Any
+    added: Any
+    side: int
+    bias: Any
+
+    def change(self, graph: Graph, centre: Any, factors: Any) -> None:
+        """Let it be (x W + b - ``centre``) / ``factors``, each float32 [channels]."""
+        weights = graph.constant(self.product.input[1])
+        name = self.added.output[0]
+        self.product.input[1] = graph.add_float(f"{name}/weights", weights / factors)
+        self.added.input[self.side] = graph.add_float(
+            f"{name}/bias", (self.bias - centre) / factors
+        )
+        graph.keep(graph.nodes)
+
+
+def projection(graph: Graph, name: str) -> Projection | None:
+    """What makes a value before it is split into heads, if it has that form."""
+    added = graph.maker(name, "Add")
+    if added is None or not graph.only_taker(name, "Reshape"):
+        return None
+    for side in (0, 1):
+        product, bias = (
+            graph.maker(added.input[1 - side], "MatMul"),
+            graph.constant(added.input[side]),
+        )
+        if product is None or bias is None or not graph.only_taker(product.output[0], "Add"):
+            continue
+        weights = graph.constant(product.input[1])
+        alone = len(graph.takers[product.input[1]]) == 1
+        if weights is not None and alone and weights.ndim == 2 and bias.shape == weights.shape[1:]:
+            return Projection(product, added, side, bias)
+    return None
+
+
+def values(graph: Graph) -> dict[str, str]:
+    """Output of an attention -> its values; both [batch, tokens, heads x size], and each channel
+    of the one is a sum over tokens of that channel of the other, with shares that add up to 1.
+    """
+    found = (fuse_attention.match(graph, node) for node in graph.nodes if node.op_type == "Softmax")
+    return {each.output: each.value for each in found if each}
+
+
+def balance(model: Any, samples: Feeds) -> int:
+    """Let queries and keys have ranges alike, channel by channel, and keys lie around 0; of how
+    many attentions. Changes ``model`` in place.
+
+    A channel of the queries may be multiplied by what that of the keys is divided by, and what is
+    taken from all keys moves all scores of a query alike, which a softmax does not see.
+    """
+    graph = Graph(model)
+    found = (fuse_attention.match(graph, node) for node in graph.nodes if node.op_type == "Softmax")
+    pairs = {(each.query, each.key) for each in found if each}
+    names = sorted({name for pair in pairs for name in pair})
+    if not names or not samples:
+        return 0
+    _, ends = onnx_smoothing.watched(model, samples, names, padding=False)
+    changed = 0
+    for query, key in sorted(pairs):
+        queries, keys = projection(graph, query), projection(graph, key)
+        if queries is None or keys is None or queries.bias.shape != keys.bias.shape or query == key:
+            continue
+        low, high = ends[key]
+        centre = (low + high) / 2
+        widest = _spread((high - low) / 2)
+        others = _spread(np.maximum(-ends[query][0], ends[query][1]))
+        factors = np.sqrt(widest / others)
+        queries.change(graph, np.zeros_like(centre), 1 / factors)
+        keys.change(graph, centre, factors)
+        changed += 1
+    graph.finish()
+    return changed
+
+
+def _spread(span: Any) -> Any:
+    return np.maximum(span, max(_TINY, _STILL * float(np.median(span))))
 
 
 def inputs(graph: Graph, *, values: bool) -> dict[str, bool]:

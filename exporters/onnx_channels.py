@@ -7,6 +7,7 @@ measured range runs as fast as an int8 one and keeps what outliers would cost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,19 @@ _TOP = 127
 _SHRINKS = np.linspace(1.0, 0.85, 7)  # parts of a channel's range that are tried
 
 
-def apply(graph: Graph, kept: set[str]) -> dict[str, Any]:
-    """Rewrite every matrix product with constant weights, and every table; how many of each."""
+def apply(
+    graph: Graph, kept: set[str], fitted: Mapping[str, tuple[Any, Any]] | None = None
+) -> dict[str, Any]:
+    """Rewrite every matrix product with constant weights, and every table; how many of each.
+
+    ``fitted`` has the int8 weights and the scales of some products, by the name of the node.
+    """
     count = 0
     for node in products(graph, kept):
         weights = graph.constant(node.input[1])
         # The axis of outputs: the last, but where a Gemm turns its weights round.
         axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else 1
-        quantized, scales = quantize_channels(weights, axis)
+        quantized, scales = (fitted or {}).get(node.name) or quantize_channels(weights, axis)
         name = f"{node.input[1]}.{node.name}"
         parts = {"int8": quantized, "scales": scales, "zeros": np.zeros(scales.shape, np.int8)}
         names = [graph.add_constant(f"{name}.{part}", array) for part, array in parts.items()]
@@ -51,6 +57,22 @@ def products(graph: Graph, kept: set[str]) -> list[Any]:
             if weights is not None and weights.ndim == 2 and weights.dtype == np.float32:
                 found.append(node)
     return found
+
+
+def add_to_bias(graph: Graph, node: Any, moved: Any) -> None:
+    """Add [outputs] to what a MatMul makes, in the constant behind it where there is one."""
+    made = node.output[0]
+    added = graph.only_taker(made, "Add")
+    side = 1 - list(added.input).index(made) if added else 0
+    bias = graph.constant(added.input[side]) if added else None
+    if bias is not None and bias.shape == moved.shape:
+        added.input[side] = graph.add_float(f"{made}/moved", bias + moved)
+        graph.keep(graph.nodes)
+        return
+    node.output[0] = f"{made}/before"
+    constant = graph.add_float(f"{made}/moved", moved)
+    add = helper.make_node("Add", [node.output[0], constant], [made], f"{node.name}/moved")
+    graph.replace([node], [node, add])
 
 
 def quantize_channels(weights: Any, axis: int) -> tuple[Any, Any]:

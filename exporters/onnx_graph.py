@@ -101,6 +101,12 @@ class Graph:
         self._constants[name] = self.model.graph.initializer[-1]
         return name
 
+    def add_float(self, name: str, array: Any) -> str:
+        """A new initializer of float32; its name, which no other constant has yet."""
+        while self.constant(name) is not None:
+            name += "+"
+        return self.add_constant(name, array.astype(np.float32))
+
     def replace(self, old: Iterable[Any], new: Sequence[Any]) -> None:
         """New nodes in the place of the last of the old ones."""
         gone = [id(node) for node in old]

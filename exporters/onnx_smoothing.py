@@ -16,33 +16,33 @@ import numpy as np
 import onnxruntime
 from onnx import helper
 
+from edgekit.exporters import ort_quantization
 from edgekit.exporters.onnx_graph import Graph
 
 Feeds = Sequence[Mapping[str, Any]]
 _STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _SAMPLES, _ROWS = 16, 128  # of each input: what a strength is judged on
+_MOST_ROWS, _FEWER = 2048, 64  # in all and of a sample, where the tokens that pad are left out
 _GAIN = 0.9  # of the error must be left at most, or the product stays as it is
 _TINY = 1e-6
 
 
-def apply(
-    model: Any, samples: Feeds, kept: set[str], weight_bits: int, *, one_range: bool = False
-) -> int:
+def apply(model: Any, samples: Feeds, kept: set[str], weight_bits: int) -> int:
     """Change ``model`` in place; how many inputs were smoothed.
 
-    ``kept`` are names of nodes that stay float, ``weight_bits`` those of a weight. ``one_range``
-    says that an input will have one range in all runs, not a new one in each.
+    ``kept`` are names of nodes that stay float, ``weight_bits`` those of a weight.
     """
     graph = Graph(model)
     groups = groups_of(graph, kept)
     if not groups or not samples:
         return 0
-    rows, largest = watched(model, samples, list(groups))
+    rows, ends = watched(model, samples, list(groups))
     changed = 0
     for name, nodes in groups.items():
         weights = [graph.constant(node.input[1]) for node in nodes]
-        seen = [np.concatenate(rows[name])] if one_range else rows[name]
-        factors = _best(seen, largest[name], weights, weight_bits)
+        low, high = ends[name]
+        largest = np.maximum(_TINY, np.maximum(-low, high))
+        factors = _best(rows[name], largest, weights, weight_bits)
         if factors is None:
             continue
         _insert(graph, name, nodes, weights, factors)
@@ -65,10 +65,11 @@ def groups_of(graph: Graph, kept: set[str]) -> dict[str, list[Any]]:
 
 
 def watched(
-    model: Any, samples: Feeds, names: list[str]
-) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Input -> of some samples its rows, float32 [rows, channels]; and over all samples the
-    largest value of each channel, for a single token may hold it.
+    model: Any, samples: Feeds, names: list[str], *, padding: bool = True
+) -> tuple[dict[str, list[Any]], dict[str, tuple[Any, Any]]]:
+    """Input -> of some samples its rows, float32 [rows, channels]; and over all samples the least
+    and the largest value of each channel, for a single token may hold it. Without ``padding`` only
+    of tokens that are no padding.
     """
     copy = type(model).FromString(model.SerializeToString())
     known = {value.name for value in copy.graph.output}
@@ -81,14 +82,20 @@ def watched(
         copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     rows: dict[str, list[Any]] = {name: [] for name in names}
-    largest: dict[str, Any] = {}
+    ends: dict[str, tuple[Any, Any]] = {}
+    most = _ROWS if padding else _FEWER
     for number, feed in enumerate(samples):
         for name, value in zip(names, session.run(names, dict(feed)), strict=True):
-            flat = value.reshape(-1, value.shape[-1])
-            largest[name] = np.maximum(largest.get(name, _TINY), np.abs(flat).max(0))
-            if number < _SAMPLES:
-                rows[name].append(flat[:: -(-len(flat) // _ROWS)].astype(np.float32))
-    return rows, largest
+            flat = ort_quantization.rows(value, {} if padding else feed)
+            if not len(flat):
+                continue
+            here = flat.min(0), flat.max(0)
+            low, high = ends.get(name, here)
+            ends[name] = np.minimum(low, here[0]), np.maximum(high, here[1])
+            full = number >= _SAMPLES if padding else sum(map(len, rows[name])) >= _MOST_ROWS
+            if not full:
+                rows[name].append(flat[:: -(-len(flat) // most)].astype(np.float32))
+    return rows, ends
 
 
 def _best(rows: list[Any], largest: Any, weights: list[Any], weight_bits: int) -> Any:

@@ -38,7 +38,7 @@ _STAGE = "calibrate"
 
 
 @dataclass(frozen=True)
-class _Variant:
+class Variant:
     """How ranges are found (``onnx_ranges.METHODS``); whether weights have 7 bits, for some kernels
     add products of 8 bits up in 16; which nodes stay float; what is done beside.
     """
@@ -66,18 +66,7 @@ def write(
 
     Raises ExportError without samples, and where the library cannot.
     """
-    if not samples:
-        raise ExportError("static quantization needs samples")
-    trials = _Trials(ort_quantization.prepared(source, folder), folder, kept, samples, progress)
-    for method in onnx_ranges.METHODS:
-        trials.attempt(_Variant(method))
-    trials.attempt(replace(trials.best, reduced=False))
-    if ends := trials.ends():
-        trials.attempt(replace(trials.best, floats=frozenset(ends)))
-    if trials.can_equalize:
-        trials.attempt(replace(trials.best, equalized=True))
-    if len(samples) > _TRIALS:
-        trials.attempt(replace(trials.best, corrected=True))
+    trials = search(source, folder, kept, samples, progress)
     best = trials.best
     return onnx_graph.load(trials.files[best]), {
         "calibrator": best.method,
@@ -90,20 +79,39 @@ def write(
     }
 
 
+def search(
+    source: Path, folder: Path, kept: set[str], samples: Feeds, progress: Progress
+) -> Trials:
+    """All that ``write`` tries, their files in ``folder``. Raises as it does."""
+    if not samples:
+        raise ExportError("static quantization needs samples")
+    trials = Trials(ort_quantization.prepared(source, folder), folder, kept, samples, progress)
+    for method in onnx_ranges.METHODS:
+        trials.attempt(Variant(method))
+    trials.attempt(replace(trials.best, reduced=False))
+    if ends := trials.ends():
+        trials.attempt(replace(trials.best, floats=frozenset(ends)))
+    if trials.can_equalize:
+        trials.attempt(replace(trials.best, equalized=True))
+    if len(samples) > _TRIALS:
+        trials.attempt(replace(trials.best, corrected=True))
+    return trials
+
+
 def _short(loss: float) -> float:
     return float(f"{loss:.6g}")
 
 
-class _Trials:
-    """Variants of one graph, each written and judged once."""
+class Trials:
+    """Variants of one graph, each written and judged once: ``losses`` and ``files`` of each."""
 
     def __init__(
         self, prepared: Path, folder: Path, kept: set[str], samples: Feeds, progress: Progress
     ) -> None:
         self._plain, self._folder, self._kept = prepared, folder, kept
         self._samples, self._progress = samples, progress
-        self.losses: dict[_Variant, float] = {}
-        self.files: dict[_Variant, Path] = {}
+        self.losses: dict[Variant, float] = {}
+        self.files: dict[Variant, Path] = {}
         self._wanted = ort_quantization.answers(prepared, samples[:_TRIALS])
         self._equal = folder / "equalized.onnx"
         model = onnx_graph.load(prepared)
@@ -116,7 +124,7 @@ class _Trials:
         self._steps = len(onnx_ranges.METHODS) + 2 + self.can_equalize + (len(samples) > _TRIALS)
 
     @property
-    def best(self) -> _Variant:
+    def best(self) -> Variant:
         """That of the least loss; one that does more must gain more than chance gives."""
         found, *others = self.losses
         for each in others:
@@ -125,7 +133,7 @@ class _Trials:
                 found = each
         return found
 
-    def attempt(self, variant: _Variant) -> None:
+    def attempt(self, variant: Variant) -> None:
         """Write and judge it."""
         self._progress(_STAGE, len(self.losses), self._steps)
         out = self._folder / f"static-{len(self.losses)}.onnx"
@@ -142,7 +150,7 @@ class _Trials:
         self.losses[variant] = ort_quantization.loss(self._wanted, found)
         self._progress(_STAGE, min(len(self.losses), self._steps), self._steps)
 
-    def _write(self, source: Path, out: Path, variant: _Variant) -> None:
+    def _write(self, source: Path, out: Path, variant: Variant) -> None:
         from onnxruntime.quantization import (
             CalibrationMethod,
             QuantFormat,

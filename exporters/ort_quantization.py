@@ -51,6 +51,16 @@ def answers(model: Any, feeds: Feeds) -> list[Any]:
         return [engine.run(None, dict(feed))[0].astype(np.float64).ravel() for feed in feeds]
 
 
+def rows(value: Any, feed: Mapping[str, Any]) -> Any:
+    """A value [batch, tokens, ..., channels] as [rows, channels], without the tokens that only pad
+    a text: no answer is made of them, and there are many.
+    """
+    mask = feed.get("attention_mask")
+    if mask is not None and value.ndim > 2 and value.shape[:2] == mask.shape:
+        value = value[mask.astype(bool)]
+    return value.reshape(-1, value.shape[-1])
+
+
 def loss(wanted: list[Any], found: list[Any]) -> float:
     """Mean squared error of answers as a share of the mean square."""
     error = sum(float(((a - b) ** 2).sum()) for a, b in zip(wanted, found, strict=True))

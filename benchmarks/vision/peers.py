@@ -1,10 +1,11 @@
 """Artifacts of edgekit against other engines with their own quantizers, on the same inputs.
 
-    benchmarks/vision/peers.py MODULE FLOAT_ARTIFACT ARTIFACT... [--peers openvino,ort,...]
+    benchmarks/vision/peers.py MODULE FLOAT_ARTIFACT ARTIFACT[@RUNTIME]... [--peers NAMES]
 
 MODULE is a function's name in ``models.py`` or the folder of a BERT: what the peers convert that
 start from torch. FLOAT_ARTIFACT is the reference, exported with ``--bits 32 --no-fusion``, for some
-peers do not know fused operators. Artifacts run in the runtime that they remember. Each peer runs
+peers do not know fused operators. Artifacts run in the runtime that they remember, or in the one
+that stands behind the @. Each peer runs
 in a process and an environment of its own, which is made in the scratch folder unless
 ``--python NAME=PATH`` names an interpreter that has what it needs. Environments and converted
 models stay there: ``--prepare`` makes them while the machine is busy, and the same command without
@@ -63,11 +64,13 @@ _SCRATCH = Path.home() / ".cache" / "edgekit" / "benchmarks" / "vision"
 class Ours:
     """An artifact, in this process."""
 
-    def __init__(self, path: Path, threads: int, samples: list[dict[str, Any]]) -> None:
-        artifact = Artifact.open(path)
-        self.name = f"edgekit {artifact.manifest.recipe.type}, {runtime_of(artifact)}"
-        self.bytes = Artifact.open(path).model_path.stat().st_size
-        self._session = edgekit.load(path, n_threads=threads)
+    def __init__(self, named: str, threads: int, samples: list[dict[str, Any]]) -> None:
+        path, _, runtime = named.partition("@")
+        artifact = Artifact.open(Path(path))
+        runtime = runtime or runtime_of(artifact) or ""
+        self.name = f"edgekit {artifact.manifest.recipe.type}, {runtime}"
+        self.bytes = artifact.model_path.stat().st_size
+        self._session = edgekit.load(Path(path), runtime=runtime, n_threads=threads)
         self._feed = samples[0]
         first = self._session.outputs[0].name
         self.answers = [self._session.run(feed)[first] for feed in samples]
@@ -227,7 +230,7 @@ def _arguments() -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module", metavar="MODULE")
-    parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT")
+    parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT")
     parser.add_argument("--peers", default=",".join(PACKAGES))
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--scratch", type=Path, default=_SCRATCH, metavar="FOLDER")
@@ -266,7 +269,7 @@ def _opened(
 def main() -> None:
     """Measure, and print one table."""
     options = _arguments()
-    reference = options.artifacts[0]
+    reference = Path(options.artifacts[0])
     model = Artifact.open(reference).model_path
     began = time.perf_counter()
     # Converted models are those of this reference and of these peers.
@@ -286,7 +289,7 @@ def main() -> None:
             "out": str(folder),
             "limit_s": options.limit_s,
         }
-        ours = [Ours(path, options.threads, samples) for path in options.artifacts]
+        ours = [Ours(each, options.threads, samples) for each in options.artifacts]
         peers, failed = _opened(options, given, stack)
         if options.prepare:
             for name, why in failed.items():

@@ -13,6 +13,7 @@ from edgekit.exporters.passes import (
     drop_identities,
     fold_scale,
     fuse_attention,
+    lift_roundings,
     merge_products,
 )
 
@@ -22,6 +23,7 @@ PASSES: dict[str, Callable[[Graph], int]] = {
     "attention": fuse_attention.apply,
     "folded_scales": fold_scale.apply,
     "merged_products": merge_products.apply,
+    "lifted_roundings": lift_roundings.apply,
 }
 
 

@@ -25,7 +25,12 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True)
-class _Match:
+class Match:
+    """What the pattern holds: the values that go in and come out, and the nodes between them.
+
+    ``query``, ``key``, ``value`` and ``output`` are [batch, tokens, heads x size].
+    """
+
     nodes: list[Any]
     query: str
     key: str
@@ -40,31 +45,32 @@ def apply(graph: Graph) -> int:
     """Rewrite every attention of the graph; how many there were."""
     count = 0
     for softmax in [node for node in graph.nodes if node.op_type == "Softmax"]:
-        match = _match(graph, softmax)
-        width = match and (_width(graph, match.query) or _width(graph, match.key))
-        if not match or not width or width % match.head_size:
+        found = match(graph, softmax)
+        width = found and (_width(graph, found.query) or _width(graph, found.key))
+        if not found or not width or width % found.head_size:
             continue
         # The engine counts inputs: an empty name leaves one out.
-        inputs = [match.query, match.key, match.value]
-        if match.mask:
-            inputs += ["", "", match.mask]
+        inputs = [found.query, found.key, found.value]
+        if found.mask:
+            inputs += ["", "", found.mask]
         fused = helper.make_node(
             "MultiHeadAttention",
             inputs,
-            [match.output],
+            [found.output],
             name=f"{softmax.name}/attention",
             domain=MICROSOFT,
-            num_heads=width // match.head_size,
-            scale=match.scale,
+            num_heads=width // found.head_size,
+            scale=found.scale,
         )
-        graph.replace(match.nodes, [fused])
+        graph.replace(found.nodes, [fused])
         count += 1
     if count:
         need_domain(graph.model, MICROSOFT)
     return count
 
 
-def _match(graph: Graph, softmax: Any) -> _Match | None:
+def match(graph: Graph, softmax: Any) -> Match | None:
+    """The attention that a Softmax belongs to; None where it is something else."""
     if attribute(softmax, "axis", -1) not in (-1, 3):
         return None
     nodes, mask = [softmax], ""
@@ -100,7 +106,7 @@ def _match(graph: Graph, softmax: Any) -> _Match | None:
     nodes += joined
     if any(len(graph.takers.get(node.output[0], ())) > 1 for node in nodes[:-1]):
         return None
-    return _Match(nodes, query[0], key[0], value[0], mask, joined[-1].output[0], scale, query[1])
+    return Match(nodes, query[0], key[0], value[0], mask, joined[-1].output[0], scale, query[1])
 
 
 def _heads(graph: Graph, name: str, order: list[int]) -> tuple[str, int] | None:

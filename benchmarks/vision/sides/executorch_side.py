@@ -14,7 +14,9 @@ from executorch.runtime import Runtime
 
 
 def quantized(module: Any, places: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """Static for convolutions, dynamic for others."""
+    """Static for convolutions; for others dynamic, of linear layers: as a rule for all operators
+    it rounds the sums of indices, too.
+    """
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -22,9 +24,9 @@ def quantized(module: Any, places: tuple[Any, ...], given: dict[str, Any]) -> An
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     dynamic = not given["convolutions"]
-    rules = XNNPACKQuantizer().set_global(
-        get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
-    )
+    kind = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    rules = XNNPACKQuantizer()
+    rules = rules.set_module_type(torch.nn.Linear, kind) if dynamic else rules.set_global(kind)
     prepared = prepare_pt2e(torch.export.export(module, places).module(), rules)
     for feed in loop.feeds(given["calibration"]):
         prepared(*(torch.from_numpy(array) for array in feed.values()))

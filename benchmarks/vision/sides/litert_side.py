@@ -13,9 +13,9 @@ from ai_edge_quantizer import quantizer, recipe
 
 
 def rounded(array: Any, details: dict[str, Any]) -> Any:
-    """As the input wants it: a static int8 file takes int8."""
+    """As the input wants it: a static int8 file takes int8, and no file takes int64."""
     if details["dtype"] != np.int8:
-        return array
+        return array.astype(details["dtype"])
     scale, zero = details["quantization"]
     return np.clip(np.rint(array / scale) + zero, -128, 127).astype(np.int8)
 
