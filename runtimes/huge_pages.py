@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 _MADV_HUGEPAGE = 14
@@ -24,7 +25,7 @@ class HugePages:
 
     def __init__(self) -> None:
         self._size = _huge_page_bytes()
-        self._before = set(_mappings()) if self._size else set()
+        self._before = _mappings() if self._size else []
 
     def advise(self) -> int:
         """Ask for large pages in every mapping that is new and untouched; once. Bytes asked for.
@@ -36,7 +37,7 @@ class HugePages:
         size, self._size = self._size, 0
         madvise = ctypes.CDLL(None).madvise
         asked = 0
-        for start, end in set(_mappings()) - self._before:
+        for start, end in _without(_mappings(), self._before):
             start, end = -(-start // size) * size, end // size * size
             if start < end and not madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE
@@ -61,3 +62,18 @@ def _mappings() -> list[tuple[int, int]]:
     except OSError:
         return []
     return [(int(start, 16), int(end, 16)) for start, end in found]
+
+
+def _without(
+    ranges: list[tuple[int, int]], old: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """What of ``ranges`` lies in none of ``old``, both in order; the kernel joins neighbours."""
+    for start, end in ranges:
+        for old_start, old_end in old:
+            if old_end <= start or old_start >= end:
+                continue
+            if start < old_start:
+                yield start, old_start
+            start = old_end
+        if start < end:
+            yield start, end

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,18 @@ from edgekit.runtimes.huge_pages import HugePages
 _MIB = 1 << 20
 
 
-def _in_huge_pages() -> int:
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("AnonHugePages:"):
-            return int(line.split()[1]) << 10
-    return 0
+def _asked_for(memory: mmap.mmap) -> bool:
+    """Whether the kernel marks the middle of a mapping as one that wants large pages."""
+    start = ctypes.c_char.from_buffer(memory)
+    address = ctypes.addressof(start) + len(memory) // 2
+    del start
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("the mapping is gone")
 
 
 needs_huge_pages = pytest.mark.skipif(
@@ -31,12 +40,10 @@ def test_new_memory_is_asked_for_once_and_old_memory_is_left_alone() -> None:
     old = mmap.mmap(-1, 8 * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages = HugePages()
     new = mmap.mmap(-1, 64 * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    before = _in_huge_pages()
     assert pages.advise() >= 60 * _MIB, "its ends may lie inside a large page"
     assert pages.advise() == 0
+    assert _asked_for(new) and not _asked_for(old)
     new.write(bytes(64 * _MIB))
-    # The kernel gives what it has: without a whole large page free, it gives small ones.
-    assert 0 <= _in_huge_pages() - before <= 66 * _MIB
     old.close()
     new.close()
 
@@ -71,3 +78,14 @@ def test_where_the_kernel_has_none_nothing_is_asked(
         (tmp_path / "enabled").write_text(setting)
     monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
     assert HugePages().advise() == 0
+
+
+def test_what_the_kernel_joined_to_old_memory_is_told_apart() -> None:
+    old = [(10, 20), (30, 40)]
+    assert list(huge_pages._without([(5, 50), (60, 70)], old)) == [
+        (5, 10),
+        (20, 30),
+        (40, 50),
+        (60, 70),
+    ]
+    assert list(huge_pages._without([(10, 20), (30, 45)], old)) == [(40, 45)]
