@@ -24,12 +24,18 @@ CATALOGUE = {
     "distill-lm": Entry(
         "A language model cut down to fewer, narrower layers and taught by the whole one."
     ),
-    "dual-encoder": Entry("Pictures and sentences in one space (CLIP): a classifier by words."),
+    "dual-encoder": Entry(
+        "Pictures and sentences in one space (CLIP): a classifier by words.",
+        "the right one of 600 captions for 42.95% of the pictures, in the first five for 89.65%",
+        "benchmarks/train/run dual-encoder",
+    ),
     "finetune": Entry(
         "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences."
     ),
     "finetune-vit": Entry(
-        "A vision transformer taught anew from 1,000 images: five methods side by side."
+        "A vision transformer taught anew from 1,000 images: five methods side by side.",
+        "digits: all weights 63.97%, LoRA 61.32%, adapters 58.07%, linear probe 43.68%",
+        "benchmarks/train/run low-data",
     ),
     "minimal": Entry(
         "Smallest image classifier by constraint: shifts and 1x1 convolutions only.",

@@ -2,11 +2,13 @@
 
 An image is mixed with noise, ``alpha image + sigma noise``, and a network learns to tell the two
 apart at every share of noise (Ho, Jain and Abbeel 2020, "Denoising Diffusion Probabilistic Models",
-section 3, equation 14). Shares follow a cosine (Nichol and Dhariwal 2021, "Improved Denoising
-Diffusion Probabilistic Models", section 3.2), and the network gives ``v = alpha noise - sigma
+https://arxiv.org/abs/2006.11239, section 3, equation 14). Shares follow a cosine (Nichol and
+Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models",
+https://arxiv.org/abs/2102.09672, section 3.2), and the network gives ``v = alpha noise - sigma
 image``, which is well scaled at both ends (Salimans and Ho 2022, "Progressive Distillation for Fast
-Sampling of Diffusion Models", section 4). Images come out of noise by DDIM (Song, Meng and Ermon
-2021, "Denoising Diffusion Implicit Models", equation 12 with eta = 0).
+Sampling of Diffusion Models", https://arxiv.org/abs/2202.00512, section 4). Images come out of
+noise by DDIM (Song, Meng and Ermon 2021, "Denoising Diffusion Implicit Models",
+https://arxiv.org/abs/2010.02502, equation 12 with eta = 0).
 
 The folder's network holds all of these steps: noise in, images out, and so does its export.
 What comes out is held against real digits by the features of a judge, a small classifier.
@@ -47,7 +49,7 @@ class DiffusionSettings(Settings):
     """The digits, the network's size, and how images are made."""
 
     data: str = setting("mnist", "digits to learn: mnist, fashion-mnist, or a folder of images")
-    widths: tuple[int, ...] = setting((48, 96), "channels at a half, and at a quarter of the sides")
+    widths: tuple[int, ...] = setting((32, 64), "channels at a half, and at a quarter of the sides")
     blocks: int = setting(2, "residual blocks of each width, on the way down and on the way up")
     generate: int = setting(20, "steps from noise to an image")
     judged: int = setting(1000, "generated images that the judge sees")
@@ -295,13 +297,14 @@ def sheet(made: torch.Tensor) -> bytes:
 RECIPE = Recipe(
     "diffusion",
     DiffusionSettings(
-        steps=2500,
+        steps=1200,
         batch=64,
-        lr=1.5e-3,
+        lr=2e-3,
         ema=0.995,
-        eval_every=500,
-        checkpoint_every=200,
+        eval_every=400,
+        checkpoint_every=100,
         weight_decay=0.0,
+        precision="bf16",
     ),
     run,
 )

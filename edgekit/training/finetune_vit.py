@@ -44,7 +44,7 @@ class FinetuneVitSettings(Settings):
 
     model: str = setting("", "a Hugging Face folder of a ViT; empty: one is trained on start_data")
     start_data: str = setting("fashion-mnist", "what the first model is trained on")
-    start_steps: int = setting(1400, "steps of that, at start_lr")
+    start_steps: int = setting(800, "steps of that, at start_lr")
     start_lr: float = setting(1e-3, "highest learning rate of that")
     width: int = setting(96, "of that model")
     layers: int = setting(4, "of that model")
@@ -353,10 +353,11 @@ def write_folder(
 RECIPE = Recipe(
     "finetune-vit",
     FinetuneVitSettings(
-        steps=150,
+        steps=100,
         batch=64,
         warmup=0.1,
         weight_decay=0.01,
+        precision="bf16",
         checkpoint_every=200,
         log_every=10,
     ),

@@ -55,13 +55,13 @@ class NasSettings(classify.ClassifierSettings):
     the network that is chosen, and of the one drawn by hand.
     """
 
-    hours: float = setting(0.25, "of search, over all starts together")
+    hours: float = setting(0.1, "of search, over all starts together")
     workers: int = setting(1, "trials at a time, each on a thread of its own")
     board: str = setting("", "a device profile that tells the latency; empty: measured here")
     stages: int = setting(3, "of a network; each but the first halves the sides")
     widest: int = setting(96, "most channels of a stage")
     most_blocks: int = setting(2, "most blocks of a stage")
-    trial_steps: int = setting(300, "steps of a trial that is not stopped")
+    trial_steps: int = setting(150, "steps of a trial that is not stopped")
     trial_lr: float = setting(4e-3, "highest learning rate of a trial")
     rungs: int = setting(3, "times that a trial is looked at")
     keep: float = setting(0.5, "share of the trials at a rung that go on")
@@ -379,7 +379,7 @@ def _stage(stage: Mapping[str, Any]) -> str:
 RECIPE = Recipe(
     "nas",
     NasSettings(
-        steps=1500,
+        steps=600,
         batch=128,
         lr=4e-3,
         ema=0.998,

@@ -6,6 +6,8 @@ import gzip
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,25 @@ def test_the_folder_is_a_source_and_the_artifact_classifies(
             for path in sorted(pictures.rglob("*.png"))
         ]
     assert sum(answers) / len(answers) > 0.9
+
+
+@pytest.mark.slow
+def test_the_front_of_sizes_is_a_table_and_a_picture(pictures: Path, tmp_path: Path) -> None:
+    program = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "front.py"
+    toy = (f"data={pictures}", "side=8", "channels=1", "flip=no", "steps=3", "batch=16")
+    command = [sys.executable, "-B", program, "--out", tmp_path / "front"]
+    command += [word for pair in toy for word in ("--set", pair)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    counts = [int(row[1].replace(",", "")) for row in rows[2:]]
+    shift, conv = counts[::2], counts[1::2]
+    assert len(shift) == len(conv) == 5 and shift == sorted(shift, reverse=True)
+    # No baseline is larger, and none much smaller.
+    assert all(0.75 * one <= other <= one for one, other in zip(shift, conv, strict=True))
+    assert all("[" in row[3] for row in rows[2::2])
+    assert (tmp_path / "front" / "front.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout == done.stdout
 
 
 def test_a_gguf_of_such_a_folder_is_refused(run: Path, tmp_path: Path) -> None:
