@@ -207,7 +207,7 @@ def run(run: Run, settings: DiffusionSettings) -> TrainingReport:
     count = settings.judged
     noise = torch.randn(count, *data.shape, generator=torch.Generator().manual_seed(_EVAL_SEED))
     made = generated(generator.eval(), noise)
-    real = judge.sees(data.test.pixels[:count].float() / 255)
+    real = judge.sees(spread(data.test, count).float() / 255)
     figures = {"parameters": float(sum(each.numel() for each in denoiser.parameters()))}
     figures |= fitted.figures | judge.figures(made, real)
     if settings.latency:
@@ -270,6 +270,12 @@ def generated(generator: nn.Module, noise: torch.Tensor) -> torch.Tensor:
     """Images of all of ``noise``, on the CPU."""
     device = next(generator.parameters()).device
     return torch.cat([generator(each.to(device)).cpu() for each in noise.split(_EVAL_BATCH)])
+
+
+def spread(images: Images, count: int) -> torch.Tensor:
+    """Pixels of at most ``count`` images from all over: those of a folder lie class by class."""
+    count = min(count, len(images))
+    return images.pixels[torch.arange(count) * len(images) // count]
 
 
 def gaussian(train: Images, noise: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from training_data import digit_folder
 import edgekit
 from edgekit.errors import RecipeError
 from edgekit.exporter import export
-from edgekit.training import diffusion, image_judge
+from edgekit.training import diffusion, image_judge, images
 from edgekit.training.recipe import train
 
 TOY = (
@@ -86,6 +86,14 @@ def test_the_distance_is_that_of_two_gaussians() -> None:
     # Covariances C and 4 C: trace(C + 4 C - 2 * 2 C) = trace(C).
     doubled = (one - one.mean(0)) * 2 + one.mean(0)
     assert image_judge.frechet(one, doubled) == pytest.approx(float(one.T.cov().trace()), rel=1e-6)
+
+
+def test_the_images_that_judge_are_of_all_classes() -> None:
+    classes = torch.arange(10).repeat_interleave(20)  # as in a folder
+    pixels = classes.to(torch.uint8).view(-1, 1, 1, 1)
+    found = diffusion.spread(images.Images(pixels, classes), 50).flatten()
+    assert torch.bincount(found.long()).tolist() == [5] * 10
+    assert len(diffusion.spread(images.Images(pixels, classes), 1000)) == 200
 
 
 @pytest.mark.slow
