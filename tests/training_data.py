@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from edgekit.training.recipe import train
 from edgekit.training.trainer import Batch
 
 
 def prose() -> str:
     """Some 150,000 characters of English that stay as they are, unlike edgekit's own pages."""
     return resources.files("edgekit.exporters").joinpath("calibration.txt").read_text("utf-8")
+
+
+def toy_llama(out: Path, text: Path) -> Path:
+    """The folder of a Llama of two layers or so that has learned a little of ``text``."""
+    pairs = [f"text={text}", "pairs=", "size=toy", "length=64", "steps=120", "batch=16", "lr=1e-2"]
+    pairs += ["held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "ngram=no"]
+    train("tinyllama", pairs, out, resume=False, say=lambda status: None)
+    return out
 
 
 def picture_folder(folder: Path, each: int = 30, side: int = 8) -> Path:

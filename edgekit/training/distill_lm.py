@@ -26,7 +26,7 @@ from edgekit.training import deploy, language, model_texts, pretrained, texts
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run, strictly_repeatable
-from edgekit.training.settings import Settings, setting
+from edgekit.training.settings import setting
 from edgekit.training.tinyllama import judge_of
 from edgekit.training.trainer import Batch, Fitted, Loss, Task
 
@@ -34,16 +34,11 @@ _CLASS = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
-class DistillLmSettings(Settings):
-    """The teacher, how much of it is left, and what the student learns from."""
+class DistillLmSettings(model_texts.ModelTextSettings):
+    """How much of the teacher is left, and what the student learns from."""
 
-    model: str = setting("smollm2-135m", "the teacher: a Hugging Face folder, or a GGUF file")
-    text: str = setting("prose", "a .txt file, a folder of them, or prose")
     layers: float = setting(0.7, "share of the layers that stay")
     inner: float = setting(0.75, "share of the feed-forward channels that stay")
-    length: int = setting(128, "tokens of a piece")
-    held_tokens: int = setting(8000, "most tokens of held-out text to judge by")
-    train_chars: int = setting(4_000_000, "of the text that is tokenized; 0: all")
     temperature: float = setting(1.0, "of both distributions")
     soft: float = setting(1.0, "weight of the teacher's distribution")
     hard: float = setting(0.5, "weight of the text itself")
@@ -55,8 +50,8 @@ class DistillLmSettings(Settings):
         super().__post_init__()
         if not (0 < self.layers <= 1 and 0 < self.inner <= 1):
             raise RecipeError("layers and inner are shares above 0, and 1 at most")
-        if self.temperature <= 0 or self.length < 2 or self.held_tokens < 2:
-            raise RecipeError("temperature must be above 0, length and held_tokens 2 or more")
+        if self.temperature <= 0:
+            raise RecipeError("temperature must be above 0")
         if min(self.soft, self.hard, self.hidden, self.attention) < 0:
             raise RecipeError("weights must not be negative")
 
@@ -64,14 +59,7 @@ class DistillLmSettings(Settings):
 def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
     """Cut, teach, and teach without a teacher; write the student's folder."""
     found = pretrained.opened(run, settings.model)
-    text = model_texts.tokens(
-        run,
-        found,
-        settings.text,
-        train_chars=settings.train_chars,
-        held_tokens=settings.held_tokens,
-        length=settings.length,
-    )
+    text = model_texts.tokens(run, found, settings)
     judge = judge_of(text.held, text.held_bytes, settings.length)
     teacher = pretrained.model(found, _CLASS, eager=settings.attention > 0)
     teacher = teacher.to(run.accelerator.device).eval()
@@ -241,6 +229,8 @@ RECIPE = Recipe(
         checkpoint_every=20,
         log_every=5,
         precision="bf16",
+        length=128,
+        train_chars=4_000_000,
     ),
     run,
 )

@@ -41,7 +41,7 @@ from edgekit.training.distill_lm import kept_layers
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run, strictly_repeatable
-from edgekit.training.settings import Settings, setting
+from edgekit.training.settings import setting
 from edgekit.training.tinyllama import judge_of
 from edgekit.training.trainer import Status, Task
 
@@ -64,11 +64,9 @@ _EVEN = 32  # channels: what GGUF's 8-bit blocks and the engines' kernels like
 
 
 @dataclass(frozen=True)
-class PruneLmSettings(Settings):
-    """The model, how much of it is left, and the text that choices are made by."""
+class PruneLmSettings(model_texts.ModelTextSettings):
+    """How much of the model (a Llama) is left, and how that is chosen."""
 
-    model: str = setting("smollm2-135m", "a Hugging Face folder of a Llama, or a GGUF file")
-    text: str = setting("prose", "a .txt file, a folder of them, or prose")
     methods: tuple[str, ...] = setting(
         ("depth", "width", "wanda", "wanda-2-of-4"), "ways to prune; the folder has the first"
     )
@@ -81,9 +79,6 @@ class PruneLmSettings(Settings):
     sparsity: float = setting(0.5, "wanda: share of zeros in each output's weights")
     calibration: int = setting(32, "pieces of text that choices are made by")
     loss_pieces: int = setting(4, "of these, how many the loss without a layer is measured on")
-    length: int = setting(256, "tokens of a piece")
-    held_tokens: int = setting(8000, "most tokens of held-out text to judge by")
-    train_chars: int = setting(2_000_000, "of the text that is tokenized; 0: all")
     tune: bool = setting(False, "train the first model, and the one beside it, for steps")
 
     def __post_init__(self) -> None:
@@ -95,8 +90,8 @@ class PruneLmSettings(Settings):
             raise RecipeError("layers, inner and groups are shares above 0, and 1 at most")
         if not 0 < self.sparsity < 1:
             raise RecipeError("sparsity is a share between 0 and 1")
-        if min(self.calibration, self.loss_pieces) < 1 or min(self.length, self.held_tokens) < 2:
-            raise RecipeError("calibration and loss_pieces are 1 or more, lengths 2 or more")
+        if min(self.calibration, self.loss_pieces) < 1:
+            raise RecipeError("calibration and loss_pieces are 1 or more")
         if self.tune and self.parallel == "fsdp" and self.methods[0].startswith("wanda"):
             raise RecipeError("zeros are not kept in shards", hint="--set parallel=data")
 
@@ -104,14 +99,7 @@ class PruneLmSettings(Settings):
 def run(run: Run, settings: PruneLmSettings) -> TrainingReport:
     """Prune in each way, judge, tune if asked for; write the folder of the first."""
     found = pretrained.opened(run, settings.model)
-    text = model_texts.tokens(
-        run,
-        found,
-        settings.text,
-        train_chars=settings.train_chars,
-        held_tokens=settings.held_tokens,
-        length=settings.length,
-    )
+    text = model_texts.tokens(run, found, settings)
     judge = judge_of(text.held, text.held_bytes, settings.length)
     data = texts.Packed(text.train, settings.length)
     whole = pretrained.model(found, _CLASS).to(run.accelerator.device).eval()

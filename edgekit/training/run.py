@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from edgekit import __version__, _fs, machine
-from edgekit.errors import MissingExtraError, RecipeError, UsageError
+from edgekit.errors import EdgekitError, MissingExtraError, RecipeError, UsageError
 from edgekit.formats import json_file
 from edgekit.report import machine_facts
 from edgekit.training import curves, report, trainer
@@ -162,7 +162,8 @@ def opened(recipe: str, settings: Settings, out: Path, *, resume: bool, say: Say
     """A run into the folder ``out``. With ``resume`` it goes on where an earlier one was stopped,
     or starts where there is none; without it, what an unfinished one left is in the way.
 
-    When the block ends well, the scratch folder goes. When it raises, the checkpoints stay.
+    When the block ends well, the scratch folder goes. When it raises, the checkpoints stay; where
+    nothing was done yet, as with a model that does not exist, nothing stays.
     Raises UsageError, RecipeError where the settings are not those of the run that is to go on.
     """
     work = out.with_name(out.name + ".training")
@@ -177,7 +178,12 @@ def opened(recipe: str, settings: Settings, out: Path, *, resume: bool, say: Say
         if accelerator.is_main_process:
             _begin(work, settings, resume)
         accelerator.wait_for_everyone()
-        yield Run(recipe, out, work, accelerator, say, settings.to_dict())
+        try:
+            yield Run(recipe, out, work, accelerator, say, settings.to_dict())
+        except EdgekitError:
+            if accelerator.is_main_process and os.listdir(work) == [_SETTINGS]:
+                _fs.remove_tree(work)
+            raise
         if accelerator.is_main_process:
             _fs.remove_tree(work)
 

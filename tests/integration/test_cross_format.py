@@ -176,7 +176,7 @@ def test_what_cannot_be_compared_is_one_clear_error(
     for arguments, code in (
         (("verify", artifact, "--against", vision), 2),
         (("verify", artifact, "--against", tiny_gguf("qwen2")), 2),
-        (("verify", artifact, "--against", tmp_path / "nothing"), 5),
+        (("verify", artifact, "--against", tmp_path / "nothing"), 4),
         (("verify", artifact, "--max-kld", "1"), 2),
         (("verify", vision, "--against", vision, "--chunks", "1"), 2),
     ):

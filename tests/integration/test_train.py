@@ -192,6 +192,12 @@ def test_an_unfinished_run_is_in_the_way_until_it_is_resumed_with_its_own_settin
     assert body["settings"]["steps"] == 8 and not (tmp_path / "out.training").exists()
 
 
+def test_a_run_that_is_refused_before_its_first_step_is_in_nobodys_way(tmp_path: Path) -> None:
+    with pytest.raises(EdgekitError):
+        train("minimal", ["data=nowhere/"], tmp_path / "out", resume=False, say=lambda status: None)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import prose
+from training_data import prose, toy_llama
 
 import edgekit
 from edgekit.errors import RecipeError
@@ -25,11 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    out = tmp_path_factory.mktemp("models") / "teacher"
-    pairs = [f"text={text}", "pairs=", "size=toy", "length=64", "steps=120", "batch=16", "lr=1e-2"]
-    pairs += ["held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "ngram=no"]
-    train("tinyllama", pairs, out, resume=False, say=lambda status: None)
-    return out
+    return toy_llama(tmp_path_factory.mktemp("models") / "teacher", text)
 
 
 def opened(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_data import prose
+from training_data import prose, toy_llama
 
 import edgekit
 from edgekit.errors import RecipeError
@@ -30,11 +30,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    out = tmp_path_factory.mktemp("models") / "llama"
-    pairs = (f"text={text}", "pairs=", "size=toy", "length=64", "steps=120", "batch=16", "lr=1e-2")
-    more = ("held_tokens=1000", "n_ctx=128", "latency=no", "threads=1", "ngram=no")
-    trained("tinyllama", out, *pairs, *more)
-    return out
+    return toy_llama(tmp_path_factory.mktemp("models") / "llama", text)
 
 
 def pairs_of(model: Path, text: Path, *more: str) -> list[str]:
