@@ -43,8 +43,8 @@ _WORTH = 0.98
 _LEFT_OUT = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
 # 1 - cosine of the answers: so much may static ranges cost, or this much beyond the weights' own.
 _MAY_COST, _MAY_ADD = 0.0025, 0.001
-# So much may rounding queries and keys add, and so much shares and values beside: those cost 2
-# of 100 neighbours of all-MiniLM-L6-v2, and hardly save time, while a ViT loses less, and gains.
+# So much may rounding queries and keys, or patches, add, and so much shares and values: those
+# cost 2 of 100 neighbours of all-MiniLM-L6-v2, and hardly save time; a ViT loses less, and gains.
 _MAY_ADD_INSIDE, _MAY_ADD_SHARES = 0.001, 0.0001
 
 
@@ -113,7 +113,7 @@ def apply(
     tried = type(found).FromString(found.SerializeToString())
     stems = onnx_stem.apply(tried, samples, kept)
     cost = _loss(wanted, _answers(tried, trials)) if stems else loss
-    if stems and cost <= min(limit, loss + _MAY_ADD_SHARES):
+    if stems and cost <= min(limit, loss + _MAY_ADD_INSIDE):
         found, loss = tried, cost
     else:
         stems = 0
