@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import ExportError, MissingExtraError, RecipeError
+from edgekit import _proc
+from edgekit.errors import EngineCrashedError, ExportError, MissingExtraError, RecipeError
 from edgekit.exporter import Progress
 from edgekit.exporters import tflite_mixture, tflite_ranges
 from edgekit.exporters.silence import silenced
@@ -26,6 +27,7 @@ STATIC = "static_wi8_ai8"
 _FLOAT = "F32"
 _BLOCK = "BLOCKWISE_32"
 _TRIALS = 16  # samples that variants are compared on
+_OPEN, _OPEN_TIMEOUT_S = "edgekit.exporters.torch_to_tflite:open_file", 600
 # How the range of an activation is found.
 _RANGES: dict[str, Callable[[Values], Range]] = {
     "MinMax": tflite_ranges.whole,
@@ -94,6 +96,9 @@ def _static(
         made = write(source, STATIC, floats, values, _RANGES[method])
         return _loss(wanted, answers(made, trials))
 
+    first = source.with_name("first-static.tflite")
+    first.write_bytes(write(source, STATIC, kept, values, _RANGES[next(iter(_RANGES))]))
+    try_in_child(first)
     losses = {}
     for method in _RANGES:
         losses[method] = loss(method, kept)
@@ -108,6 +113,21 @@ def _static(
         "kept_float": sorted(mixture.floats),
     }
     return write(source, STATIC, kept | mixture.floats, values, _RANGES[method]), facts
+
+
+def try_in_child(file: Path) -> None:
+    """Raises ExportError where the engine ends the process that opens ``file``, as LiteRT 2.3 does
+    with static int8 of some text encoders (all-MiniLM-L6-v2 among them), instead of an error.
+    """
+    try:
+        _proc.call(
+            _OPEN, {"path": str(file)}, timeout_s=_OPEN_TIMEOUT_S, what="LiteRT, opening int8"
+        )
+    except EngineCrashedError as error:
+        raise ExportError(
+            f"LiteRT cannot run static int8 of this model: {error.message}",
+            hint="--type dynamic_wi8_afp32",
+        ) from error
 
 
 def answers(model: bytes, feeds: Feeds) -> list[Any]:

@@ -122,6 +122,11 @@ class Engine:
         return {name: found[name] for name in sorted(found)}
 
 
+def open_file(path: str) -> None:
+    """Open a file and forget it, in a child that the engine may end. Raises ExportError."""
+    Engine(Path(path).read_bytes())
+
+
 def _trials(torch: Any, traced: TracedModel) -> Iterator[tuple[Any, ...]]:
     """The example as it is, and twice with noise."""
     yield traced.example_inputs

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import edgekit
-from edgekit.errors import GateError, RecipeError, UnsupportedModelError
+from edgekit.errors import ExportError, GateError, RecipeError, UnsupportedModelError
 from edgekit.exporter import export
 from edgekit.receipt import Gates
 
@@ -110,6 +110,18 @@ def test_what_cannot_be_says_what_can(vit: Path, tmp_path: Path) -> None:
         export(vit, "tflite", fusion="none", out=tmp_path / "out")
     with pytest.raises(GateError):
         export(vit, "tflite", bits=32, out=tmp_path / "out", gates=Gates(max_size_bytes=10))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_ends_its_process_is_one_clear_error(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LiteRT does so with the real all-MiniLM-L6-v2; here a child that ends itself plays it."""
+    from edgekit.exporters import tflite_quantizer
+
+    monkeypatch.setattr(tflite_quantizer, "_OPEN", "tiny_torch:end_the_process")
+    with pytest.raises(ExportError, match="cannot run static int8"):
+        export(vit, "tflite", type="static_wi8_ai8", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
