@@ -23,6 +23,7 @@ from edgekit.exporters import (
     onnx_attention,
     onnx_centring,
     onnx_channels,
+    onnx_moved,
     onnx_rounding,
     onnx_smoothing,
     onnx_stem,
@@ -77,8 +78,10 @@ def apply(
     steps = len(_LEFT_OUT) + 2
     progress("calibrate", 0, steps)
     passes.apply("identities", model)  # they hide neighbours
+    before = type(model).FromString(model.SerializeToString())
     centred = onnx_centring.apply(model, samples, kept)
     onnx_attention.balance(model, samples)
+    moved = onnx_moved.between(before, model, trials[0])
     progress("calibrate", 1, steps)
     ranges, fitted = _ranges(model, samples, kept)
     ends = onnx_attention.largest(model, samples)
@@ -117,6 +120,7 @@ def apply(
         found, loss = tried, cost
     else:
         stems = 0
+    onnx_moved.mark(found, moved)
     progress("calibrate", steps, steps)
     return found, {
         "centred": centred,

@@ -42,15 +42,18 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("model", "float", "static", "dynamic")}
 
 
-def _layers(path: Path) -> list[tuple[str, str]]:
-    """Name of every operator with weights in 8 bits, and of the scale of those."""
+def _layers(path: Path) -> list[tuple[str, str, bool]]:
+    """Name of every operator with weights in 8 bits, of the scale of those, and whether what it
+    makes is another value on purpose.
+    """
     graph = onnx_graph.Graph(onnx_graph.load(path))
     found = []
     for node in graph.nodes:
         if node.op_type in ("Conv", "MatMul", "Gemm"):
             weights = graph.maker(node.input[1], "DequantizeLinear")
             if weights is not None and graph.constant(weights.input[0]) is not None:
-                found.append((node.name, weights.input[1]))
+                moved = node.output[0].endswith(".moved")
+                found.append((node.name, weights.input[1], moved))
     return found
 
 
@@ -59,7 +62,7 @@ def test_the_layer_with_a_spoilt_scale_is_named(vit: dict[str, Path], tmp_path: 
     path = vit["static"] / "model.onnx"
     layers = _layers(path)
     assert len(layers) >= 18
-    for name, scale in layers[:: len(layers) // 4]:
+    for name, scale, moved in layers[:: len(layers) // 4]:
         model = onnx_graph.load(path)
         (tensor,) = (each for each in model.graph.initializer if each.name == scale)
         tensor.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(tensor), scale))
@@ -67,7 +70,10 @@ def test_the_layer_with_a_spoilt_scale_is_named(vit: dict[str, Path], tmp_path: 
         onnx_graph.save(model, tmp_path / "model.onnx")
         (found,) = agreement.compare(tmp_path / "model.onnx", vit["float"], layers=True)
         assert found.layers is not None and found.layers.first is not None
-        assert found.layers.first.layer == name
+        if moved:  # it is seen where the values meet again: in the same attention, or MLP
+            assert found.layers.first.layer.startswith(name.rsplit("/", 2)[0] + "/")
+        else:
+            assert found.layers.first.layer == name
 
 
 def test_a_sound_model_has_no_layer_that_stands_out(vit: dict[str, Path]) -> None:
