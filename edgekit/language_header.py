@@ -68,11 +68,8 @@ def read(path: Path, *, whole: bool = True) -> GgufHeader:
 
 
 def _tensors(header: OnnxHeader, vocabulary: int, width: int) -> list[GgufTensor]:
-    products = {
-        node.inputs[1].removesuffix(".blocks"): node
-        for node in header.nodes
-        if node.op_type == "MatMulNBits" and len(node.inputs) > 1
-    }
+    products = _readers(header, "MatMulNBits", 1)
+    tables = _readers(header, "GatherBlockQuantized", 0)
     sizes = {tensor.name: tensor.size_bytes for tensor in header.initializers}
     found = []
     for tensor in header.initializers:
@@ -82,12 +79,13 @@ def _tensors(header: OnnxHeader, vocabulary: int, width: int) -> list[GgufTensor
             stem, suffix = tensor.name, ""
         elif suffix == "blocks":
             size += sum(sizes.get(f"{stem}.{beside}", 0) for beside in ("scales", "zeros"))
+            node = products.get(stem) or tables.get(stem)
+            if node is None:
+                raise CorruptArtifactError(f"nothing reads the blocks of {shown(stem)}")
+            shape = (vocabulary, width)
             if stem in products:
-                node = products[stem]
                 shape = (_number(node, "N"), _number(node, "K"))
-                kind = f"wi{_number(node, 'bits')}b{_number(node, 'block_size')}"
-            else:  # a table that no product reads
-                shape, kind = (vocabulary, width), "wi8b32"
+            kind = f"wi{_number(node, 'bits')}b{_number(node, 'block_size')}"
         elif suffix == "weight":
             shape = tensor.shape[::-1]  # stored as the product reads it
         elif suffix not in ("gain", "shift", "bias"):
@@ -95,6 +93,15 @@ def _tensors(header: OnnxHeader, vocabulary: int, width: int) -> list[GgufTensor
         name = tensor.name if suffix in ("gain", "shift", "bias") else _called(stem)
         found.append(GgufTensor(name, shape[::-1], kind, 0, size))
     return found
+
+
+def _readers(header: OnnxHeader, operator: str, blocks: int) -> dict[str, OnnxNode]:
+    """The operators that read blocks as their input number ``blocks``, by what is stored there."""
+    return {
+        node.inputs[blocks].removesuffix(".blocks"): node
+        for node in header.nodes
+        if node.op_type == operator and len(node.inputs) > blocks
+    }
 
 
 def _called(stem: str) -> str:

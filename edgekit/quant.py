@@ -5,6 +5,7 @@ Knows names and numbers only; never touches weights.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from edgekit.errors import RecipeError
@@ -87,11 +88,21 @@ ONNX_TYPES = (
     "static_wi8_ai8",
     "weight_only_wi8_afp32",
     "weight_only_wi8b32",
+    "weight_only_wi8b64",
     "weight_only_wi4b32",
+    "weight_only_wi4b64",
     "weight_only_wi4_afp32",
 )
 # Those that a language model is exported to; its activations stay float32 between the products.
-ONNX_LANGUAGE_TYPES = ("F32", "F16", "weight_only_wi8b32", "weight_only_wi4b32")
+ONNX_LANGUAGE_TYPES = (
+    "F32",
+    "F16",
+    "weight_only_wi8b32",
+    "weight_only_wi8b64",
+    "weight_only_wi4b32",
+    "weight_only_wi4b64",
+)
+_BLOCKS = re.compile(r"weight_only_wi(\d+)b(\d+)")
 # The same of a TFLite file: its engine has no blocks of 8 bits.
 TFLITE_TYPES = (
     "F32",
@@ -143,6 +154,14 @@ def onnx_type(name: str) -> str:
     return _graph_type("ONNX", ONNX_TYPES, name)
 
 
+def blocks(type: str) -> tuple[int, int] | None:
+    """Bits of a weight, and weights of a block with a scale of its own; None for a type of ONNX or
+    TFLite that has no blocks.
+    """
+    match = _BLOCKS.fullmatch(type)
+    return match and (int(match[1]), int(match[2]))
+
+
 def tflite_type(name: str) -> str:
     """The same in TFLite."""
     return _graph_type("TFLite", TFLITE_TYPES, name)
@@ -174,7 +193,7 @@ def graph_preset(format: str, bits: int, *, convolutional: bool) -> str:
 
 def onnx_language_preset(bits: int) -> str:
     """The documented default of a language model. Raises RecipeError for other numbers."""
-    presets = {32: "F32", 16: "F16", 8: "weight_only_wi8b32", 4: "weight_only_wi4b32"}
+    presets = {32: "F32", 16: "F16", 8: "weight_only_wi8b32", 4: "weight_only_wi4b64"}
     if bits not in presets:
         choices = ", ".join(str(each) for each in sorted(presets))
         raise RecipeError(f"no ONNX default for {bits} bits", hint=f"choose one of {choices}")

@@ -11,7 +11,6 @@ import numpy as np
 
 from edgekit.exporters.lm_graph import Blocks
 
-BLOCK = 32
 _SHRINKS = np.linspace(1.0, 0.64, 10)  # parts of a block's range that are tried
 _TINY = np.float32(6e-8)  # the smallest float16: a scale is never 0
 
@@ -19,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def grid(values: Array, importance: Array, bits: int) -> tuple[Array, Array]:
-    """(scales, zeros) of blocks, float32 [..., 1] each, for ``values`` float32 [..., BLOCK].
+    """(scales, zeros) of blocks, float32 [..., 1] each, for ``values`` float32 [..., size].
 
     They minimise the squared error weighted by ``importance``, which broadcasts over ``values``:
     of several parts of the range, each with the scale that fits its rounded values best (least
@@ -69,17 +68,18 @@ def rounded(values: Array, scales: Array, zeros: Array, bits: int) -> Array:
     return found
 
 
-def split(weights: Array) -> Array:
-    """float32 [outputs, inputs] as [outputs, blocks, BLOCK], the last block filled up with 0."""
+def split(weights: Array, size: int) -> Array:
+    """float32 [outputs, inputs] as [outputs, blocks, size], the last block filled up with 0."""
     outputs, inputs = weights.shape
-    blocks = -(-inputs // BLOCK)
-    if blocks * BLOCK != inputs:
-        weights = np.pad(weights, ((0, 0), (0, blocks * BLOCK - inputs)))
-    return weights.reshape(outputs, blocks, BLOCK)
+    blocks = -(-inputs // size)
+    if blocks * size != inputs:
+        weights = np.pad(weights, ((0, 0), (0, blocks * size - inputs)))
+    return weights.reshape(outputs, blocks, size)
 
 
 def pack(q: Array, scales: Array, zeros: Array, bits: int, inputs: int) -> Blocks:
-    """``q`` [outputs, blocks, BLOCK], ``scales`` and ``zeros`` [outputs, blocks] as they lie."""
+    """``q`` [outputs, blocks, size], ``scales`` and ``zeros`` [outputs, blocks] as they lie."""
+    size = q.shape[-1]
     whole: Array = q.astype(np.uint8)
     flat: Array = zeros.astype(np.uint8)
     stored: Array | None = None
@@ -88,15 +88,17 @@ def pack(q: Array, scales: Array, zeros: Array, bits: int, inputs: int) -> Block
         if flat.shape[1] % 2:
             flat = np.pad(flat, ((0, 0), (0, 1)))
         stored = flat[:, ::2] | flat[:, 1::2] << 4
-    return Blocks(bits, BLOCK, inputs, whole, scales.astype(np.float16), stored)
+    return Blocks(bits, size, inputs, whole, scales.astype(np.float16), stored)
 
 
-def quantize(weights: Array, bits: int, importance: Array | None = None) -> Blocks:
-    """Round a matrix, float32 [outputs, inputs], to its blocks' grids. ``importance`` [inputs]."""
+def quantize(weights: Array, bits: int, size: int, importance: Array | None = None) -> Blocks:
+    """Round a matrix, float32 [outputs, inputs], to the grids of its blocks of ``size`` inputs.
+    ``importance`` [inputs].
+    """
     inputs = weights.shape[1]
-    values = split(weights)
+    values = split(weights, size)
     weight = np.ones((1, inputs), np.float32) if importance is None else importance[None]
-    weight = split(weight.astype(np.float32))
+    weight = split(weight.astype(np.float32), size)
     scales, zeros = grid(values, weight, bits)
     q = rounded(values, scales, zeros, bits)
     return pack(q, scales[..., 0], zeros[..., 0], bits, inputs)

@@ -16,7 +16,7 @@ mean KL of 1.5 for 0.09.) Tokens do not count alike:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,14 @@ class Fitted:
 
 def quantize(
     weights: Weights,
-    fitted: Sequence[str],
+    fitted: Mapping[str, int],
     convert: Convert,
     chunks: Sequence[Sequence[int]],
     folder: Path,
     on_layer: Callable[[int, int], None],
 ) -> Fitted:
-    """Round the matrices in ``fitted`` to the text, and others by ``convert``.
+    """Round the matrices in ``fitted`` (name -> inputs of a block) to the text, and others by
+    ``convert``.
 
     ``chunks`` are token ids of texts, each seen on its own. ``folder`` is for a scratch file;
     ``on_layer`` hears (done, total). Raises ExportError for activations that are no numbers.
@@ -80,15 +81,17 @@ def quantize(
     streams = [rows[list(chunk)] * scale for chunk in chunks]
     for layer in range(decoder.layers):
         seen = _watched(weights, layer, folder, streams)
-        wanted = [part for part in MATRICES if f"{layer}.{part}" in fitted]
-        divided = equal.scale(layer, {part: np.diag(seen[part]) for part in wanted})
+        sizes = {part: fitted.get(f"{layer}.{part}", 0) for part in MATRICES}
+        wanted = [part for part in MATRICES if sizes[part]]
+        divided = equal.scale(layer, {part: np.diag(seen[part]) for part in wanted}, sizes)
         new: dict[str, Array] = {}
         for part in MATRICES:
             name = f"{layer}.{part}"
             values = equal.matrix(name)
             if part in wanted:
                 over = divided.get(part, np.ones(values.shape[1], np.float32))
-                made, share = lm_rounding.fit(values, seen.pop(part) / np.outer(over, over))
+                square = seen.pop(part) / np.outer(over, over)
+                made, share = lm_rounding.fit(values, square, sizes[part])
                 losses.append(Loss(name, share))
                 found[name] = made
             else:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgekit.exporters.lm_blocks import BLOCK, Array
+from edgekit.exporters.lm_blocks import Array
 from edgekit.exporters.lm_weights import EMBEDDING, HEAD, Weights
 
 _STRENGTH = 0.25
@@ -30,11 +30,14 @@ class Equalized:
         self._weights = weights
         self._scales: dict[str, Array] = {}
 
-    def scale(self, layer: int, powers: Mapping[str, Array]) -> dict[str, Array]:
+    def scale(
+        self, layer: int, powers: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> dict[str, Array]:
         """Choose scales for the inputs of a layer's matrices, and use them from now on.
 
         ``powers`` holds for each matrix that is to be equalized the summed squares of its inputs,
-        [inputs]. Gives what its inputs are divided by, [inputs], for every matrix that has any.
+        [inputs], and ``sizes`` the inputs of a block. Gives what its inputs are divided by,
+        [inputs], for every matrix that has any.
         """
         decoder = self.decoder
         for part, power in powers.items():
@@ -44,17 +47,17 @@ class Equalized:
                 continue  # both read one norm
             columns = np.square(self._weights.matrix(f"{layer}.{part}")).sum(axis=0)
             if part == "output":
-                self._scales[f"{layer}.{part}"] = self._of_heads(power, columns)
+                self._scales[f"{layer}.{part}"] = self._of_heads(power, columns, sizes[part])
             else:
-                self._scales[f"{layer}.{part}"] = _scale(power, columns)
+                self._scales[f"{layer}.{part}"] = _scale(power, columns, sizes[part])
         names = [f"{layer}.{part}" for part in powers]
         return {name.partition(".")[2]: self._of(name) for name in names if name in self._scales}
 
-    def _of_heads(self, power: Array, columns: Array) -> Array:
+    def _of_heads(self, power: Array, columns: Array, size: int) -> Array:
         """[kv heads x head]: the query heads of a group read the same values."""
         shape = (self.decoder.kv_heads, -1, self.decoder.head_dim)
         power, columns = (each.reshape(shape).sum(axis=1).ravel() for each in (power, columns))
-        return _scale(power, columns)
+        return _scale(power, columns, size)
 
     def _of(self, name: str) -> Array:
         """What the inputs of a matrix are divided by, [inputs]."""
@@ -115,13 +118,13 @@ class Equalized:
             rows[-len(scale) :] /= scale.reshape(-1, *[1] * (rows.ndim - 1))
 
 
-def _scale(power: Array, columns: Array) -> Array:
+def _scale(power: Array, columns: Array, size: int) -> Array:
     """s of every input, float32; of each block the mean is 1, for its step takes up the rest."""
     floor = np.float32(1e-30)
     power = np.maximum(power, max(floor, 1e-6 * power.mean()))
     columns = np.maximum(columns, max(floor, 1e-6 * columns.mean()))
     logs = _STRENGTH * (np.log(power) - np.log(columns))
-    for start in range(0, len(logs), BLOCK):
-        logs[start : start + BLOCK] -= logs[start : start + BLOCK].mean()
+    for start in range(0, len(logs), size):
+        logs[start : start + size] -= logs[start : start + size].mean()
     found: Array = np.exp(np.clip(logs, -np.log(_MOST), np.log(_MOST))).astype(np.float32)
     return found

@@ -23,8 +23,10 @@ from edgekit.exporters.lm_graph import Blocks, Matrices, Plain, Vectors
 from edgekit.exporters.lm_weights import EMBEDDING, HEAD, Weights, names
 from edgekit.recipe import Calibration, Recipe
 
-_FOUR, _EIGHT = "weight_only_wi4b32", "weight_only_wi8b32"
-_BITS = {_FOUR: 4, _EIGHT: 8}
+# Where blocks half as large bring most for their bytes; with such blocks in every matrix a step
+# takes a fifth longer (docs/onnx-language-models.md).
+_FINER = ("qkv", "down")
+_SMALL = 32  # inputs of the smallest block
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Made:
 def calibration(kind: str, options: ExportOptions) -> tuple[Calibration | None, bytes]:
     """The text that 4-bit matrices are fitted on, and its bytes. Raises RecipeError."""
     choice = options.calibration
-    if kind != _FOUR:
+    if not _is_four(kind):
         if choice not in (None, "none") or options.chunks is not None:
             raise RecipeError(f"{kind} looks at no text: a calibration has no use")
         return None, b""
@@ -65,26 +67,44 @@ def types(decoder: Decoder, recipe: Recipe) -> dict[str, str]:
                 f"pattern {pattern!r} matches no matrix",
                 hint="edgekit export --dry-run lists them",
             )
-        if EMBEDDING in matching and wanted == _FOUR:
+        if EMBEDDING in matching and _is_four(wanted):
             raise RecipeError("the table of embeddings takes 8 bits or floats, not 4 bits")
         found |= dict.fromkeys(matching, wanted)
-    if decoder.width % lm_blocks.BLOCK and found[EMBEDDING] in _BITS:
-        found[EMBEDDING] = "F16"
+    found[EMBEDDING] = _of_table(found[EMBEDDING], decoder.width)
     return found
+
+
+def _of_table(kind: str, width: int) -> str:
+    """The type of the table of embeddings, whose operator takes whole blocks alone."""
+    blocks = quant.blocks(kind)
+    if blocks is None or not width % blocks[1]:
+        return kind
+    return "F16" if width % _SMALL else f"weight_only_wi{blocks[0]}b{_SMALL}"
 
 
 def _default(decoder: Decoder, kind: str, name: str) -> str:
     """The ends of a model are worth 8 bits: every error there reaches every answer."""
-    return _EIGHT if kind == _FOUR and name in (EMBEDDING, HEAD) else kind
+    if _is_four(kind) and name in (EMBEDDING, HEAD):
+        return kind.replace("wi4", "wi8")
+    if kind == "weight_only_wi4b64" and name.partition(".")[2] in _FINER:
+        return "weight_only_wi4b32"
+    return kind
+
+
+def _is_four(kind: str) -> bool:
+    blocks = quant.blocks(kind)
+    return blocks is not None and blocks[0] == 4
 
 
 def size_bytes(kind: str, rows: int, columns: int) -> int:
     """Bytes of a matrix, with its scales and zero points."""
-    if kind not in _BITS:
+    found = quant.blocks(kind)
+    if found is None:
         return rows * columns * (2 if kind == "F16" else 4)
-    blocks = -(-columns // lm_blocks.BLOCK)
-    values = blocks * (lm_blocks.BLOCK * _BITS[kind] // 8 + 2)
-    return rows * (values + (-(-blocks // 2) if kind == _FOUR else 0))
+    bits, size = found
+    blocks = -(-columns // size)
+    values = blocks * (size * bits // 8 + 2)
+    return rows * (values + (-(-blocks // 2) if bits == 4 else 0))
 
 
 def quantize(
@@ -107,9 +127,10 @@ def quantize(
         )
     chunks = _chunks(text, recipe.calibration, folder)
     layers = [name for name in kinds if name not in (EMBEDDING, HEAD)]
+    found = {name: quant.blocks(kinds[name]) for name in layers}
     fitted = lm_calibrated.quantize(
         weights,
-        [name for name in layers if kinds[name] == _FOUR],
+        {name: blocks[1] for name, blocks in found.items() if blocks and blocks[0] == 4},
         lambda values, name: convert(values, kinds[name], name),
         chunks,
         folder,
@@ -160,8 +181,8 @@ def _chunks(text: bytes, calibration: Calibration, folder: Path) -> list[list[in
 
 def convert(values: lm_blocks.Array, kind: str, name: str) -> Plain | Blocks:
     """A matrix in a type, by rounding alone. Raises ExportError where float16 cannot hold it."""
-    if kind in _BITS:
-        return lm_blocks.quantize(values, _BITS[kind])
+    if blocks := quant.blocks(kind):
+        return lm_blocks.quantize(values, *blocks)
     if kind == "F16":
         if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
             raise ExportError(

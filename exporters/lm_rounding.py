@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekit.exporters import lm_blocks
-from edgekit.exporters.lm_blocks import BLOCK, Array
+from edgekit.exporters.lm_blocks import Array
 from edgekit.exporters.lm_graph import Blocks
 
 _BITS = 4
@@ -25,8 +25,8 @@ _TRUST, _DAMPING = 0.3, 1e-4
 _SWEEPS = 3  # over all blocks
 
 
-def fit(weights: Array, square: Array) -> tuple[Blocks, float]:
-    """Round ``weights``, float32 [outputs, inputs], given X'X of its inputs.
+def fit(weights: Array, square: Array, size: int) -> tuple[Blocks, float]:
+    """Round ``weights``, float32 [outputs, inputs], in blocks of ``size``, given X'X of its inputs.
 
     Also the error of the outputs that rounding leaves, as a share of their power.
     """
@@ -34,20 +34,20 @@ def fit(weights: Array, square: Array) -> tuple[Blocks, float]:
     hessian = _hessian(square)
     target = weights.T.copy()
     target[np.diag(square) == 0] = 0
-    padded = -(-inputs // BLOCK) * BLOCK - inputs
+    padded = -inputs % size
     target = np.pad(target, ((0, padded), (0, 0)))
     hessian = np.pad(hessian, ((0, padded), (0, padded)))
     rest = np.arange(inputs, inputs + padded)
     hessian[rest, rest] = 1
-    q, scales, zeros = _fed_forward(target, hessian)
+    q, scales, zeros = _fed_forward(target, hessian, size)
     hessian = hessian.astype(np.float32)
     _descend(target, hessian, q, scales, zeros)
-    error = (q - np.repeat(zeros, BLOCK, 0)) * np.repeat(scales, BLOCK, 0) - target
+    error = (q - np.repeat(zeros, size, 0)) * np.repeat(scales, size, 0) - target
     lost, power = (
         float(np.einsum("io,io->", square @ each[:inputs], each[:inputs]))
         for each in (error, target)
     )
-    grid = np.ascontiguousarray(q.T).reshape(len(weights), -1, BLOCK)
+    grid = np.ascontiguousarray(q.T).reshape(len(weights), -1, size)
     return lm_blocks.pack(grid, scales.T, zeros.T, _BITS, inputs), lost / max(power, 1e-30)
 
 
@@ -65,7 +65,7 @@ def _hessian(square: Array) -> Array:
     return hessian
 
 
-def _fed_forward(target: Array, hessian: Array) -> tuple[Array, Array, Array]:
+def _fed_forward(target: Array, hessian: Array, size: int) -> tuple[Array, Array, Array]:
     """GPTQ: q [inputs, outputs], scales and zeros [blocks, outputs]; float32."""
     inputs, outputs = target.shape
     # Upper triangular: inverse = U'U.
@@ -73,15 +73,15 @@ def _fed_forward(target: Array, hessian: Array) -> tuple[Array, Array, Array]:
     importance = np.diag(upper) ** -2
     rest = target.copy()
     q = np.empty((inputs, outputs), np.float32)
-    scales = np.empty((inputs // BLOCK, outputs), np.float32)
+    scales = np.empty((inputs // size, outputs), np.float32)
     zeros = np.empty_like(scales)
-    for block, start in enumerate(range(0, inputs, BLOCK)):
-        end = start + BLOCK
+    for block, start in enumerate(range(0, inputs, size)):
+        end = start + size
         part = rest[start:end]
         found = lm_blocks.grid(np.ascontiguousarray(part.T), importance[start:end], _BITS)
         scale, zero = scales[block], zeros[block] = [each[:, 0] for each in found]
         errors = np.empty_like(part)
-        for row in range(BLOCK):
+        for row in range(size):
             column = start + row
             q[column] = np.clip(np.rint(part[row] / scale) + zero, 0, _TOP)
             errors[row] = (part[row] - (q[column] - zero) * scale) / upper[column, column]
@@ -92,11 +92,12 @@ def _fed_forward(target: Array, hessian: Array) -> tuple[Array, Array, Array]:
 
 def _descend(target: Array, hessian: Array, q: Array, scales: Array, zeros: Array) -> None:
     """Improve ``q`` and ``scales`` in place, block after block."""
-    error = (q - np.repeat(zeros, BLOCK, 0)) * np.repeat(scales, BLOCK, 0) - target
+    size = len(q) // len(scales)
+    error = (q - np.repeat(zeros, size, 0)) * np.repeat(scales, size, 0) - target
     slope = hessian @ error
     for _ in range(_SWEEPS):
-        for block, start in enumerate(range(0, len(q), BLOCK)):
-            rows = slice(start, start + BLOCK)
+        for block, start in enumerate(range(0, len(q), size)):
+            rows = slice(start, start + size)
             within = hessian[rows, rows]
             own, zero, old = q[rows], zeros[block], scales[block].copy()
             before = (own - zero) * old
@@ -111,7 +112,7 @@ def _descend(target: Array, hessian: Array, q: Array, scales: Array, zeros: Arra
             moved = scale - old
             near = slope[rows] + bent * moved
             value = steps * scale
-            for row in range(BLOCK):
+            for row in range(size):
                 best = value[row] - near[row] / within[row, row]
                 own[row] = np.clip(np.rint(best / scale) + zero, 0, _TOP)
                 step = (own[row] - zero) * scale - value[row]

@@ -1,4 +1,4 @@
-"""Weights alone in 4 or 8 bits: blocks of 32 with a scale and a zero point each, and tables of
+"""Weights alone in 4 or 8 bits: blocks with a scale and a zero point each, and tables of
 embeddings in 8 bits.
 
 Must never look at an activation. A block's range is searched for the least squared error, which
@@ -16,20 +16,21 @@ from onnx import helper
 
 from edgekit.exporters.onnx_graph import MICROSOFT, Graph, attribute, need_domain
 
-BLOCK = 32
 _INT8_COMPUTE = 4  # accuracy_level of MatMulNBits: activations in 8 bits inside the kernel
 _SHRINKS = np.linspace(1.0, 0.7, 13)  # parts of a block's range that are tried
 _FLOAT32 = 1  # TensorProto.DataType
 _TABLE_ROWS = 256  # below, an embedding is not worth it
 
 
-def apply(graph: Graph, bits: int, kept: set[str]) -> dict[str, Any]:
-    """Rewrite every matrix product with constant weights, and every table; how many of each."""
+def apply(graph: Graph, bits: int, size: int, kept: set[str]) -> dict[str, Any]:
+    """Rewrite every matrix product with constant weights in blocks of ``size`` inputs, and every
+    table; how many of each.
+    """
     count = 0
     for node, weights in matrices(graph, kept):
-        packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits)
+        packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits, size)
         parts = {"blocks": packed, "scales": scales, "zeros": zeros}
-        options = {"bits": bits, "block_size": BLOCK, "accuracy_level": _INT8_COMPUTE}
+        options = {"bits": bits, "block_size": size, "accuracy_level": _INT8_COMPUTE}
         graph.replace([node], product(graph, node, weights.shape, parts, options))
         count += 1
     if count:
@@ -95,15 +96,15 @@ def product(
     return found
 
 
-def quantize_blocks(weights: Any, bits: int) -> tuple[Any, Any, Any]:
+def quantize_blocks(weights: Any, bits: int, size: int) -> tuple[Any, Any, Any]:
     """float32 [outputs, inputs] -> (uint8 [outputs, blocks, bytes], float32 scales [outputs *
     blocks], uint8 zero points) as MatMulNBits stores them: w = scale (q - zero).
     """
     outputs, inputs = weights.shape
-    blocks = -(-inputs // BLOCK)
-    padded = np.zeros((outputs, blocks * BLOCK), np.float32)
+    blocks = -(-inputs // size)
+    padded = np.zeros((outputs, blocks * size), np.float32)
     padded[:, :inputs] = weights
-    values = padded.reshape(outputs, blocks, BLOCK)
+    values = padded.reshape(outputs, blocks, size)
     top = (1 << bits) - 1
     low = np.minimum(values.min(axis=2, keepdims=True), 0)
     high = np.maximum(values.max(axis=2, keepdims=True), 0)

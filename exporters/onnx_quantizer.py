@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekit import quant
 from edgekit.errors import RecipeError
 from edgekit.exporter import Progress
 from edgekit.exporters import (
@@ -30,7 +31,6 @@ from edgekit.exporters.ort_quantization import failing, quiet
 Feeds = Sequence[Mapping[str, Any]]
 _FLOAT = "F32"
 _MATRICES = ("MatMul", "Gemm")
-_BLOCKS = {"weight_only_wi8b32": 8, "weight_only_wi4b32": 4}
 _DYNAMIC_BITS = 7  # of a weight
 
 
@@ -56,9 +56,9 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=out.parent) as folder, quiet():
         if scheme == "F16":
             model, facts = _half(source), {}
-        elif scheme in _BLOCKS:
+        elif blocks := quant.blocks(scheme):
             model = onnx_graph.load(source)
-            facts = onnx_blocks.apply(Graph(model), _BLOCKS[scheme], kept)
+            facts = onnx_blocks.apply(Graph(model), *blocks, kept)
         elif scheme == "weight_only_wi8_afp32":
             model = onnx_graph.load(source)
             facts = onnx_channels.apply(Graph(model), kept)

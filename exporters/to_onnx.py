@@ -48,7 +48,9 @@ _WEIGHT_BYTES = {
     "static_wi8_ai8": 1.0,
     "weight_only_wi8_afp32": 1.0,
     "weight_only_wi8b32": 1.125,
+    "weight_only_wi8b64": 1.0625,
     "weight_only_wi4b32": 0.625,
+    "weight_only_wi4b64": 0.5625,
     "weight_only_wi4_afp32": 0.5625,
 }
 

@@ -91,7 +91,10 @@ def test_an_encoder_takes_any_batch_and_length(bert: Path, tmp_path: Path) -> No
     assert np.linalg.norm(several[1]) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dynamic_wi8_afp32", "static_wi8_ai8", "weight_only_wi4b32"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dynamic_wi8_afp32", "static_wi8_ai8", "weight_only_wi4b32", "weight_only_wi4b64"],
+)
 def test_each_type_is_proved_and_smaller(vit: Path, tmp_path: Path, kind: str) -> None:
     artifact = export(vit, "onnx", type=kind, out=tmp_path / "out", chunks=_chunks(kind))
     assert artifact.receipt["status"] == "proven"

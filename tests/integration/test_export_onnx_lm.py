@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_scaled_columns_change_nothing(
     for layer in range(weights.decoder.layers):
         sizes = {part: weights.matrix(f"{layer}.{part}").shape[1] for part in MATRICES}
         powers = {part: np.exp(2 * random.normal(size=n)) for part, n in sizes.items()}
-        scales = equal.scale(layer, powers)
+        scales = equal.scale(layer, powers, dict.fromkeys(powers, 64))
         assert scales and all(scale.max() > 1.5 > scale.min() for scale in scales.values())
     shutil.copytree(float_model(name).path, tmp_path / "equal")
     path = tmp_path / "equal" / "model.onnx"
@@ -295,7 +296,23 @@ def test_a_plan_is_what_comes_out(tiny_model: Callable[[str], Path], tmp_path: P
     )
     assert abs(artifact.model_path.stat().st_size - found.size_bytes) < 100_000
     assert {t.type for t in found.tensors if "down" in t.name} == {"F16"}
-    assert {t.type for t in found.tensors if t.name == "embedding"} == {"weight_only_wi8b32"}
+    assert {t.type for t in found.tensors if t.name == "embedding"} == {"weight_only_wi8b64"}
+    assert {t.type for t in found.tensors if t.name.endswith("qkv")} == {"weight_only_wi4b32"}
+    assert {t.type for t in found.tensors if "gate" in t.name} == {"weight_only_wi4b64"}
+
+
+@pytest.mark.parametrize(
+    ("width", "kind"), [(128, "weight_only_wi8b64"), (96, "weight_only_wi8b32"), (80, "F16")]
+)
+def test_a_table_has_whole_blocks(width: int, kind: str, tiny_model: Callable[[str], Path]) -> None:
+    from edgekit.exporters import lm_quantizer
+    from edgekit.exporters.arch.family import family_of
+    from edgekit.recipe import Recipe
+    from edgekit.source import source
+
+    decoder = replace(family_of(source(tiny_model("qwen2"))).decoder(), width=width)
+    found = lm_quantizer.types(decoder, Recipe(format="onnx", type="weight_only_wi4b64"))
+    assert found["embedding"] == kind
 
 
 @pytest.mark.parametrize(
