@@ -271,15 +271,15 @@ def test_a_text_makes_four_bits_better_and_the_same_bytes_every_time(
     exact = export(folder, "onnx", bits=32, receipt=False, out=tmp_path / "float")
     for name, options in (
         ("rounded", {"calibration": "none"}),
-        ("fitted", {"chunks": 4}),
-        ("again", {"chunks": 4}),
+        ("fitted", {"chunks": 16}),
+        ("again", {"chunks": 16}),
     ):
         made[name] = export(folder, "onnx", bits=4, receipt=False, out=tmp_path / name, **options)
     assert made["fitted"].sha256 == made["again"].sha256
     assert made["fitted"].manifest.details["fitted"]["matrices"] == 8
     text = evaluate.read_text(None)
     kl = {
-        name: evaluate.compare(made[name].path, exact.path, text, n_ctx=256, chunks=2, threads=1)
+        name: evaluate.compare(made[name].path, exact.path, text, n_ctx=256, chunks=8, threads=1)
         for name in ("rounded", "fitted")
     }
     assert kl["fitted"].mean_kl.value < kl["rounded"].mean_kl.value
