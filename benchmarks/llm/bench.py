@@ -20,6 +20,7 @@ import measure
 import peers
 
 from edgekit import _proc
+from edgekit.cli.ending import ending
 from edgekit.registry import RUNTIMES
 
 TARGET_DIFFERENCE = 0.03
@@ -188,4 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

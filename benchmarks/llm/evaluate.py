@@ -20,6 +20,7 @@ import measure
 import peers
 import presets
 
+from edgekit.cli.ending import ending
 from edgekit.errors import EdgekitError
 
 REFERENCE = "F16"
@@ -199,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

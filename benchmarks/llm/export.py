@@ -20,6 +20,7 @@ import measure
 import numpy as np
 import peers
 
+from edgekit.cli.ending import ending
 from edgekit.errors import EdgekitError
 from edgekit.exporters import imatrix
 from edgekit.formats import gguf
@@ -259,4 +260,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

@@ -235,16 +235,3 @@ def finish(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
             arguments.json.write_text(text + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {arguments.json}: {error.strerror}") from None
-
-
-def main(benchmark: Callable[[], None]) -> None:
-    """Run a benchmark; an error of ours becomes one line and its exit code."""
-    try:
-        benchmark()
-    except EdgekitError as error:
-        say(f"error: {error.message}")
-        if error.hint:
-            say(f"hint: {error.hint}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -26,6 +26,7 @@ import reference
 from tokenizers import Tokenizer
 
 import edgekit
+from edgekit.cli.ending import ending
 from edgekit.converter import convert
 
 PACKAGES = (
@@ -207,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

@@ -16,6 +16,7 @@ from typing import Any
 import measure
 
 from edgekit import _proc, source
+from edgekit.cli.ending import ending
 from edgekit.errors import EdgekitError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,4 +130,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

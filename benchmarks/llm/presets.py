@@ -27,6 +27,7 @@ import wide
 
 import edgekit
 from edgekit import _proc, quant
+from edgekit.cli.ending import ending
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.exporters import imatrix
 
@@ -267,4 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

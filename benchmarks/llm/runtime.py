@@ -24,6 +24,7 @@ import measure
 import peers
 
 from edgekit import _proc
+from edgekit.cli.ending import ending
 
 PREFILL, DECODE, BEHIND = "prefill", "decode", "decode behind the prompt"
 _TABLES = ("same", "calls", "automatic", "memory")
@@ -411,4 +412,5 @@ def _memory_table(held: dict[str, tuple[list[int], list[int]]], n_ctx: int) -> N
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

@@ -21,6 +21,7 @@ import presets
 import reference
 
 from edgekit import sensitivity_plot
+from edgekit.cli.ending import ending
 from edgekit.sensitivity import (
     DEFAULT_BITS,
     DEFAULT_LAYERS,
@@ -235,4 +236,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.main(main)
+    with ending():
+        main()

@@ -11,12 +11,11 @@ benchmarks/train/fetch.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from edgekit import plot
-from edgekit.errors import EdgekitError
+from edgekit.cli.ending import ending
 from edgekit.training.recipe import train
 
 # Widths and blocks: the depth stays while it can, for it brings the neighbours.
@@ -75,7 +74,5 @@ def draw(path: Path, points: dict[str, list[tuple[float, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending():
         main()
-    except EdgekitError as error:
-        sys.exit(f"error: {error}")

@@ -25,6 +25,7 @@ from PIL import Image
 import edgekit
 from edgekit import intervals, latency, plot
 from edgekit.artifact import Artifact
+from edgekit.cli.ending import ending
 from edgekit.training import images
 from edgekit.training.images import Labelled
 
@@ -52,6 +53,8 @@ def main() -> None:
     words.add_argument("--out", type=Path, required=True, help=".png or .svg")
     words.add_argument("--json", action="store_true", help="print rows as JSON")
     given = words.parse_args()
+    if wrong := [pair for pair in given.folders if "=" not in pair]:
+        words.error(f"{wrong[0]!r} is not NAME=FOLDER")
     folders = dict(pair.split("=", 1) for pair in given.folders)
     data = images.load(given.data, side=given.side, channels=given.channels)
     with tempfile.TemporaryDirectory() as work:
@@ -153,4 +156,5 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

@@ -23,6 +23,7 @@ import numpy as np
 import edgekit
 from edgekit import preprocess, sample_inputs
 from edgekit.artifact import Artifact
+from edgekit.cli.ending import ending
 from edgekit.exporter import no_progress
 from edgekit.exporters import onnx_static, ort_quantization
 
@@ -91,4 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

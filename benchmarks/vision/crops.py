@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from edgekit.cli.ending import ending
+from edgekit.errors import UsageError
+
 # Package -> where its pictures lie.
 _FOLDERS = {
     "skimage": "data",
@@ -77,11 +80,15 @@ def main() -> None:
     out = parser.parse_args().out
     for part, names in _PHOTOGRAPHS.items():
         folder = out / part
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from None
         for seed, name in enumerate(names):
             for number, crop in enumerate(crops(photograph(name), _CROPS[part], seed)):
                 crop.save(folder / f"{Path(name).stem}-{number:02}.png")
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

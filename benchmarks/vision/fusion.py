@@ -34,6 +34,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from edgekit.cli.ending import ending
 from edgekit.exporter import no_progress
 from edgekit.exporters import onnx_graph, onnx_quantizer, passes, torch_model, torch_to_onnx
 from edgekit.source import source
@@ -180,4 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

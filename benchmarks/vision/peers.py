@@ -37,6 +37,7 @@ import numpy as np
 import edgekit
 from edgekit import intervals, sample_inputs
 from edgekit.artifact import Artifact
+from edgekit.cli.ending import ending
 from edgekit.exporters.onnx_graph import is_convolutional
 from edgekit.preprocess import beside
 from edgekit.runtime import runtime_of
@@ -329,4 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

@@ -21,6 +21,7 @@ from typing import Any
 import edgekit
 from edgekit import sample_inputs
 from edgekit.artifact import Artifact
+from edgekit.cli.ending import ending
 from edgekit.runtimes import compiled_cache, ort_start
 
 SIDES = ("kept", "plain")
@@ -110,4 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

@@ -23,6 +23,7 @@ import torch
 from ai_edge_quantizer import quantizer
 
 from edgekit import preprocess, proof_tensors, sample_inputs
+from edgekit.cli.ending import ending
 from edgekit.errors import ParityError
 from edgekit.exporter import Claim, export, no_progress
 from edgekit.exporters.silence import silenced
@@ -124,4 +125,5 @@ def _row(label: str, found: Receipt | str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending():
+        main()

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import click
 
 from edgekit import __version__
+from edgekit.cli.ending import ending
 from edgekit.cli.lazy import LazyGroup
-from edgekit.errors import EdgekitError
 
 # One row a verb: its file in this folder, and its line in `edgekit --help` (a test compares the
 # two, so that the help needs to import no verb).
@@ -77,17 +77,6 @@ def _terminated(_signal: int, _frame: Any) -> NoReturn:
 def main() -> NoReturn:
     """The console script: exit codes of ``edgekit.errors``, 130 for Ctrl-C, 143 for SIGTERM."""
     signal.signal(signal.SIGTERM, _terminated)
-    try:
+    with ending():
         code = cli.main(prog_name="edgekit", standalone_mode=False)
-    except EdgekitError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        sys.exit(128 + signal.SIGINT)
     sys.exit(code if isinstance(code, int) else 0)

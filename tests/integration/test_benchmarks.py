@@ -1,4 +1,4 @@
-"""The benchmarks of language models run, print their tables and write only where they are told."""
+"""Benchmarks run, print their tables, write only where they are told, and name what is missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ROOT / "exporters" / "calibration.txt"  # any text shows that it runs
 
 
-def _benchmark(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    program = ROOT / "benchmarks" / "llm" / f"{name}.py"
+def _benchmark(
+    name: str, *arguments: str | Path, shelf: str = "llm"
+) -> subprocess.CompletedProcess[str]:
+    program = ROOT / "benchmarks" / shelf / f"{name}.py"
     return subprocess.run(
         [sys.executable, "-B", program, *map(str, arguments)], capture_output=True, text=True
     )
@@ -78,3 +80,28 @@ def test_a_missing_held_out_text_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"error: cannot read {tmp_path / 'none.txt'}: No such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("vision/calibrators", ("none",)),
+        ("vision/start", ("none",)),
+        ("vision/peers", ("efficientnet_lite0", "none", "none", "--scratch", "scratch")),
+        ("train/table", ("none",)),
+        pytest.param(
+            *("train/front_prune", ("a=none", "--data", "none", "--out", "front.png")),
+            marks=pytest.mark.slow,  # torch
+        ),
+    ],
+)
+def test_a_missing_folder_is_one_clear_line(
+    program: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    shelf, _, name = program.partition("/")
+    here = [tmp_path / word if word in ("none", "scratch") else word for word in arguments]
+    done = _benchmark(name, *here, shelf=shelf)
+    assert done.returncode in (2, 4, 5, 10), done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "none" in line
