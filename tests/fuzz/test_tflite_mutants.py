@@ -18,7 +18,7 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import tflite
 
 COUNT = 2000
-LOADED = 200  # a child process each
+LOADED, PIECES = 200, 10  # a child process each, in pieces of some minutes
 _LIES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -66,14 +66,20 @@ def test_every_mutant_is_read_or_refused_within_a_second(
     assert count // 5 < found < count
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(LOADED, marks=pytest.mark.fuzz)])
-def test_no_mutant_takes_the_process_with_it(count: int, sound: bytes, tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("count", "piece"),
+    [(8, 0), *(pytest.param(LOADED, n, marks=pytest.mark.fuzz) for n in range(1, PIECES + 1))],
+)
+def test_no_mutant_takes_the_process_with_it(
+    count: int, piece: int, sound: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "mutant.tflite"
     feeds = {
         name: np.zeros((1, tiny_tflite.LENGTH), np.int32) for name in tflite_inputs(sound, path)
     }
     ran = 0
-    for raw in mutants(sound, count, "load"):
+    for raw in mutants(sound, count, f"load{piece or ''}"):
         path.write_bytes(raw)
         with contextlib.suppress(EdgekitError), edgekit.load(path, n_threads=1) as session:
             session.run(feeds)
