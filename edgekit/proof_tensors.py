@@ -25,7 +25,7 @@ from edgekit.preprocess import Preprocessing
 from edgekit.receipt import PROVEN, Agreement, Latency, Receipt, Reference, Size, bounded
 from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.runtime import LoadParams, TensorSession
-from edgekit.runtimes import tensor_agreement
+from edgekit.runtimes import aligned, tensor_agreement
 from edgekit.sample_inputs import Samples
 from edgekit.tensor_figures import Accuracy, Ranking
 
@@ -52,9 +52,10 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
 
         return proof.prove(claim, progress)
     steps = preprocess.beside(claim.product)
-    runtime = RUNTIMES.load(
-        claim.runtime or RUNTIME_OF_FORMAT[graph_file.format_of(claim.product)]
-    )()
+    own, other = (graph_file.format_of(path) for path in (claim.product, claim.reference))
+    runtime = RUNTIMES.load(claim.runtime or RUNTIME_OF_FORMAT[own])()
+    # A file of another format is its own judge, in the engine that it is for.
+    beside = runtime if other == own else RUNTIMES.load(RUNTIME_OF_FORMAT[other])()
     progress("first load", 0, 2)
     try:
         product = runtime.load(claim.product, LoadParams())
@@ -63,8 +64,9 @@ def prove(claim: Claim, progress: Progress) -> Receipt:
             f"the exported file fails in the engine: {error.message}", hint=_HINT
         ) from None
     progress("first load", 1, 2)
-    with product, runtime.load(claim.reference, LoadParams(n_threads=product.threads)) as float_one:
+    with product, beside.load(claim.reference, LoadParams(n_threads=product.threads)) as judge:
         progress("first load", 2, 2)
+        float_one: Any = judge if other == own else aligned.Aligned(judge, product)
         pairs = _pairs(claim, steps, product, float_one)
         proved = [_compare(pair, claim, progress) for pair in pairs]
         for pair, (_, agreement) in zip(pairs, proved, strict=True):

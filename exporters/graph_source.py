@@ -18,12 +18,13 @@ from edgekit.exporter import ExportOptions, ExportPlan, Progress, TensorPlan
 from edgekit.exporters import torch_model
 from edgekit.formats import onnx, safetensors
 from edgekit.preprocess import FILE as PREPROCESS_FILE
-from edgekit.preprocess import Preprocessing
+from edgekit.preprocess import Preprocessing, of_folder
 from edgekit.recipe import Calibration, Recipe
 from edgekit.runtime import TensorSpec
 from edgekit.source import ModelSource, TorchModule
 
 TOKENIZER_FILE = "tokenizer.json"
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _SAMPLES = 64  # inputs that a model is calibrated on
 _FLOAT_BYTES = 4
 
@@ -84,7 +85,7 @@ class GraphSource:
         return sample_inputs.samples(
             preprocessing,
             specs,
-            folder=source.path if source.kind == "hf" else None,
+            folder={"hf": source.path, "onnx": source.path.parent}.get(source.kind),
             data=self.data,
             count=recipe_calibration.chunks,
             part="calibration",
@@ -157,3 +158,17 @@ def companions(
     if preprocessing.text:
         shutil.copyfile(source.file_path(TOKENIZER_FILE), folder / TOKENIZER_FILE)
         yield "tokenizer", TOKENIZER_FILE
+
+
+def steps_of_onnx(source: ModelSource) -> Preprocessing:
+    """What makes the inputs of an ONNX file: known where it lies in a folder that optimum-cli made.
+
+    A model of two encoders in one graph, and one with inputs that nobody can make, takes tensors.
+    """
+    made = {value.name for value in onnx.read(source.path).inputs}
+    if not source.config or "text_config" in source.config:
+        return Preprocessing(task="tensors")
+    steps = of_folder(source.config, **torch_model.companions(source))
+    known = {steps.image.input} if steps.image else {*_TEXT_INPUTS}
+    whole = steps.image is not None or TOKENIZER_FILE in source.files
+    return steps if made <= known and whole else Preprocessing(task="tensors")

@@ -25,12 +25,12 @@ from edgekit.exporters import (
     torch_towers,
     via_optimum,
 )
-from edgekit.exporters.graph_source import TOKENIZER_FILE, GraphSource, companions
+from edgekit.exporters.graph_source import GraphSource, companions, steps_of_onnx
 from edgekit.exporters.to_onnx_lm import OnnxLanguageExporter, takes
 from edgekit.exporters.torch_model import TracedModel
 from edgekit.formats import onnx
 from edgekit.preprocess import FILE as PREPROCESS_FILE
-from edgekit.preprocess import Preprocessing, of_folder
+from edgekit.preprocess import Preprocessing
 from edgekit.recipe import Recipe
 from edgekit.runtime import TensorSpec
 from edgekit.source import ModelSource
@@ -38,7 +38,6 @@ from edgekit.source import ModelSource
 MODEL_FILE = "model.onnx"
 _QUANTIZED = "quantized-"
 _DEFAULT_BITS = 8
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy")
 # Bytes of a weight of a matrix or a kernel, its scales included.
 _WEIGHT_BYTES = {
@@ -156,7 +155,7 @@ class OnnxExporter:
     ) -> tuple[Preprocessing, list[_Graph]]:
         """What makes the inputs, and the float graphs, written to ``folder``."""
         if source.kind == "onnx":
-            steps = _steps(source)
+            steps = steps_of_onnx(source)
             return steps, [
                 _Graph(MODEL_FILE, source.path, steps, folder / f"{_QUANTIZED}{MODEL_FILE}", None)
             ]
@@ -211,20 +210,6 @@ class OnnxExporter:
             part="calibration",
         )
         return found.feeds
-
-
-def _steps(source: ModelSource) -> Preprocessing:
-    """What makes the inputs of an ONNX file: known where it lies in a folder that optimum-cli made.
-
-    A model of two encoders in one graph, and one with inputs that nobody can make, takes tensors.
-    """
-    made = {value.name for value in onnx.read(source.path).inputs}
-    if not source.config or "text_config" in source.config:
-        return Preprocessing(task="tensors")
-    steps = of_folder(source.config, **torch_model.companions(source))
-    known = {steps.image.input} if steps.image else {*_TEXT_INPUTS}
-    whole = steps.image is not None or TOKENIZER_FILE in source.files
-    return steps if made <= known and whole else Preprocessing(task="tensors")
 
 
 @dataclass(frozen=True)

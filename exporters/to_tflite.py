@@ -1,5 +1,5 @@
-"""The TFLite exporter: a Hugging Face folder or a torch module in; a quantized TFLite file with its
-preprocessing out.
+"""The TFLite exporter: a Hugging Face folder, a torch module or an ONNX file in; a quantized TFLite
+file with its preprocessing out.
 
 Decides the order of the work and its scratch files; tracing and quantization are known by its
 neighbours on this shelf. Never imports a runtime of edgekit.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from edgekit import quant
 from edgekit.errors import RecipeError, UnsupportedModelError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress
 from edgekit.exporters import tflite_quantizer, torch_model, torch_to_tflite
-from edgekit.exporters.graph_source import GraphSource, companions
+from edgekit.exporters.graph_source import GraphSource, companions, steps_of_onnx
 from edgekit.formats import tflite
 from edgekit.recipe import Recipe
+from edgekit.registry import load
 from edgekit.runtime import TensorSpec
 from edgekit.source import ModelSource
 
@@ -53,22 +55,23 @@ class TfliteExporter:
             raise RecipeError("an adapter can only be merged into a GGUF", hint="--format gguf")
         if options.fusion != "auto":
             raise RecipeError("--no-fusion is for ONNX: LiteRT fuses when it loads a file")
-        if source.kind == "onnx":
-            raise UnsupportedModelError(
-                "an ONNX file is exported to ONNX alone",
-                hint="--format onnx, or give the torch model that it was made of",
-            )
         torch_model.check(source)
         if source.family in torch_model.BOTH:
             raise UnsupportedModelError(
                 "a model of two encoders is exported to ONNX alone", hint="--format onnx"
             )
+        if source.kind == "onnx":
+            _onnx("onnx_to_torch:check")(source.path)
         source = self._origin.with_module(source)
         if options.type is not None:
             kind = quant.tflite_type(options.type)
         else:
             bits = options.bits or _DEFAULT_BITS
-            convolutional = torch_model.is_convolutional(source)
+            convolutional = (
+                _onnx("onnx_graph:is_convolutional")(source.path)
+                if source.kind == "onnx"
+                else torch_model.is_convolutional(source)
+            )
             kind = quant.graph_preset("TFLite", bits, convolutional=convolutional)
         return Recipe(
             format="tflite",
@@ -80,7 +83,12 @@ class TfliteExporter:
 
     def plan(self, source: ModelSource, recipe: Recipe) -> ExportPlan:
         """Sizes from headers and shapes."""
-        return self._origin.plan(source, recipe, _WEIGHT_BYTES)
+        found = self._origin.plan(source, recipe, _WEIGHT_BYTES)
+        if sizes := _pinned(source):
+            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            warning = f"a TFLite file has one size: open axes are pinned to {told}"
+            return replace(found, warnings=(*found.warnings, warning))
+        return found
 
     def run(
         self,
@@ -105,20 +113,30 @@ class TfliteExporter:
             "parameters": header.parameters,
             "traced_error": off,
         }
+        if sizes := _pinned(source):
+            details["pinned"] = sizes
         return Product(tuple(files), details, _PACKAGES)
 
     def reference(
         self, source: ModelSource, recipe: Recipe, path: Path, progress: Progress
     ) -> Path:
-        """The graph as it was traced: float32, not quantized."""
+        """The graph as it was traced: float32, not quantized; an ONNX file is that itself."""
+        if source.kind == "onnx":
+            return source.path
         self._plain(source, path, progress)
         return path
 
     def _plain(
         self, source: ModelSource, path: Path, progress: Progress
     ) -> tuple[torch_model.TracedModel, float]:
-        """Write the float graph; the model it is of, and how far it is off from torch."""
-        traced = torch_to_tflite.fixed(self._origin.traced(source, progress))
+        """Write the float graph; the model it is of, and how far it is off from torch. What an ONNX
+        file became in torch is held against that file first.
+        """
+        if source.kind == "onnx":
+            traced = _module_of_onnx(source, progress)
+        else:
+            traced = self._origin.traced(source, progress)
+        traced = torch_to_tflite.fixed(traced)
         progress("trace", 0, 2)
         torch_to_tflite.write(traced, path)
         progress("trace", 1, 2)
@@ -148,6 +166,33 @@ class TfliteExporter:
         return tflite_quantizer.quantize(
             plain, out, recipe.type, samples=feeds, overrides=recipe.overrides, progress=progress
         )
+
+
+def _onnx(name: str) -> Any:
+    """What knows ONNX, which only exports of such files need. Raises MissingExtraError."""
+    return load(f"edgekit.exporters.{name}", extra="onnx")
+
+
+def _pinned(source: ModelSource) -> dict[str, int]:
+    """The open axes of an ONNX file, and the sizes that they get."""
+    if source.kind != "onnx":
+        return {}
+    steps = steps_of_onnx(source)
+    length = torch_to_tflite.length_of(steps)
+    sizes: dict[str, int] = _onnx("onnx_to_torch:pinned")(source.path, steps, length)[1]
+    return sizes
+
+
+def _module_of_onnx(source: ModelSource, progress: Progress) -> torch_model.TracedModel:
+    """Raises UnsupportedModelError, and ParityError where torch and ONNX Runtime differ."""
+    steps = steps_of_onnx(source)
+    progress("load the model", 0, 2)
+    built = _onnx("onnx_to_torch:build")(source.path, steps, torch_to_tflite.length_of(steps))
+    progress("load the model", 1, 2)
+    _onnx("torch_to_onnx:check")(built, source.path)
+    progress("load the model", 2, 2)
+    made: torch_model.TracedModel = built
+    return made
 
 
 def _ends(header: tflite.TfliteHeader, which: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ai_edge_litert.interpreter import Interpreter
 from edgekit.errors import ExportError, MissingExtraError, ParityError
 from edgekit.exporters.silence import silenced
 from edgekit.exporters.torch_model import TracedModel
+from edgekit.preprocess import Preprocessing
 
 # Tokens of a text: a graph here has one length, and pays for all of it in every run.
 MOST_TOKENS = 128
@@ -24,10 +25,15 @@ MOST_TOKENS = 128
 _TOLERANCE = 1e-4
 
 
+def length_of(steps: Preprocessing) -> int:
+    """Tokens of every text; 0 for a model that reads none."""
+    return min(steps.text.max_length, MOST_TOKENS) if steps.text else 0
+
+
 def fixed(traced: TracedModel) -> TracedModel:
     """The same model for one input at a time, and for texts of one length."""
     text = traced.preprocessing.text
-    length = min(text.max_length, MOST_TOKENS) if text else 0
+    length = length_of(traced.preprocessing)
     examples = []
     for name, tensor in zip(traced.inputs, traced.example_inputs, strict=True):
         axes = traced.dynamic.get(name, {})

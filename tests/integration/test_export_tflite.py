@@ -15,7 +15,13 @@ import torch
 from PIL import Image
 
 import edgekit
-from edgekit.errors import ExportError, GateError, RecipeError, UnsupportedModelError
+from edgekit.errors import (
+    ExportError,
+    GateError,
+    ParityError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from edgekit.exporter import export
 from edgekit.receipt import Gates
 
@@ -103,13 +109,52 @@ def test_static_ranges_are_measured_and_sensitive_layers_kept(tmp_path: Path) ->
 
 
 def test_what_cannot_be_says_what_can(vit: Path, tmp_path: Path) -> None:
-    onnx = export(vit, "onnx", bits=32, out=tmp_path / "onnx", receipt=False)
-    with pytest.raises(UnsupportedModelError, match="ONNX"):
+    onnx = export(vit, "onnx", bits=4, out=tmp_path / "onnx", receipt=False)
+    with pytest.raises(UnsupportedModelError, match=r"com\.microsoft\.MatMulNBits"):
         export(onnx.model_path, "tflite", out=tmp_path / "out")
     with pytest.raises(RecipeError, match="fusion"):
         export(vit, "tflite", fusion="none", out=tmp_path / "out")
     with pytest.raises(GateError):
         export(vit, "tflite", bits=32, out=tmp_path / "out", gates=Gates(max_size_bytes=10))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
+@pytest.mark.parametrize("kind", ["F32", "dynamic_wi8_afp32"])
+def test_an_onnx_file_is_a_source_and_its_own_judge(name: str, kind: str, tmp_path: Path) -> None:
+    source = getattr(tiny_torch, f"{name}_folder")(tmp_path / "source")
+    onnx = export(source, "onnx", bits=32, fusion="none", receipt=False, out=tmp_path / "onnx")
+    given = onnx.model_path
+    if name == "bert":  # a folder as optimum-cli leaves it: what makes the inputs lies beside
+        given.rename(source / "model.onnx")
+        (source / "model.safetensors").unlink()
+        given = source
+    artifact = export(given, "tflite", type=kind, out=tmp_path / "out")
+    assert artifact.receipt["reference"]["origin"] == "the source"
+    least = 0.99999 if kind == "F32" else 0.99
+    assert artifact.receipt["agreement"]["cosine"]["value"] > least
+    pinned = {"batch": 1} | ({"sequence": 64} if name == "bert" else {})
+    assert artifact.manifest.details["pinned"] == pinned
+    if name == "bert":
+        with edgekit.load(artifact) as session:
+            assert np.shape(session.embed(["a cat sits", "on the mat"])) == (2, 64)
+    done = _edgekit("verify", "--deep", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_graph_that_is_no_copy_of_its_onnx_file_is_not_kept(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekit.exporters import torch_to_onnx
+
+    onnx = export(vit, "onnx", bits=32, fusion="none", receipt=False, out=tmp_path / "onnx")
+    monkeypatch.setitem(torch.nn.functional.__dict__, "gelu", lambda x, **_: torch.relu(x))
+    with pytest.raises(ParityError, match="off by"):
+        export(onnx.model_path, "tflite", bits=32, out=tmp_path / "out")
+    # The receipt alone finds it, too.
+    monkeypatch.setattr(torch_to_onnx, "check", lambda traced, path: 0.0)
+    with pytest.raises(ParityError, match="does not answer as its source does"):
+        export(onnx.model_path, "tflite", bits=32, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
