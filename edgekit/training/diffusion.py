@@ -56,7 +56,7 @@ class DiffusionSettings(Settings):
     judge_steps: int = setting(600, "steps of the judge's training")
     side: int = setting(28, "a folder's images become side x side")
     channels: int = setting(1, "a folder's images: 3 colours, or 1 for grey")
-    train_images: int = setting(0, "first images to train on; 0: all")
+    train_images: int = setting(0, "images to train on, of every class its share; 0: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +182,7 @@ def run(run: Run, settings: DiffusionSettings) -> TrainingReport:
     data = images.load(settings.data, side=settings.side, channels=settings.channels)
     if any(side % 2 for side in data.shape[1:]):
         raise RecipeError(f"{data.shape[1:]} pixels cannot be halved")
-    train = data.train.first(settings.train_images)
+    train = data.train.share(settings.train_images)
     config: dict[str, Any] = {
         "channels": data.shape[0],
         "widths": list(settings.widths),

@@ -77,8 +77,8 @@ def run(run: Run, settings: DistillSettings) -> TrainingReport:
         run,
         settings,
         data,
-        data.train.first(settings.train_images),
-        data.test.first(settings.test_images),
+        data.train.share(settings.train_images),
+        data.test.share(settings.test_images),
     )
     teacher = work.teacher()
     config, start = work.student(teacher)

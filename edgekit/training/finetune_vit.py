@@ -130,7 +130,7 @@ def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
     if data.shape != (channels, side, side):
         raise DataError(f"{settings.data} has images of {data.shape}, {start.name} sees {side}")
     train, tried, validation = _examples(data.train, settings.examples)
-    test = data.test.first(settings.test_images)
+    test = data.test.share(settings.test_images)
     hits: dict[str, list[list[bool]]] = {}
     best: dict[str, tuple[float, Fitted]] = {}
     for method in settings.methods:

@@ -47,9 +47,16 @@ class Images:
     def batch(self, numbers: torch.Tensor) -> Batch:
         return self.pixels[numbers], self.classes[numbers]
 
-    def first(self, count: int) -> Images:
-        """At most the first ``count``; all for 0."""
-        return Images(self.pixels[: count or None], self.classes[: count or None])
+    def share(self, count: int) -> Images:
+        """At most ``count`` of them, in order; all for 0. Of every class it has the class's own
+        share, give or take one, spread evenly: files lie class by class, so the first ones would
+        be of few classes.
+        """
+        if not 0 < count < len(self):
+            return self
+        by_class = self.classes.argsort(stable=True)
+        chosen = by_class[torch.arange(count) * len(self) // count].sort().values
+        return Images(self.pixels[chosen], self.classes[chosen])
 
     def parted(self, count: int) -> tuple[Images, Images]:
         """All but ``count`` of them, and these, which are spread evenly. Raises DataError."""

@@ -117,8 +117,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 def run(run: Run, settings: MinimalSettings) -> TrainingReport:
     """Train the network, and its baseline; write the first with the report of both."""
     data = classify.load(settings)
-    train = data.train.first(settings.train_images)
-    test = data.test.first(settings.test_images)
+    train = data.train.share(settings.train_images)
+    test = data.test.share(settings.test_images)
     sizes = 2 ** len(settings.widths)
     if any(side % sizes for side in data.shape[1:]):
         raise RecipeError(f"{data.shape[1:]} pixels cannot be halved {len(settings.widths)} times")

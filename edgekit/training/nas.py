@@ -87,8 +87,8 @@ def run(run: Run, settings: NasSettings) -> TrainingReport:
     if run.accelerator.num_processes > 1:
         raise RecipeError("nas has workers of its own", hint="start it as one process")
     data = classify.load(settings)
-    train, _ = data.train.first(settings.train_images).parted(settings.held_images)
-    work = _Work(run, settings, data, train, data.test.first(settings.test_images))
+    train, _ = data.train.share(settings.train_images).parted(settings.held_images)
+    work = _Work(run, settings, data, train, data.test.share(settings.test_images))
     times: Times = Predicted(profile_of(settings.board)) if settings.board else Measured()
     found = Search(
         run.work / "study.db", seed=settings.seed, describe=partial(work.describe, times)

@@ -105,8 +105,8 @@ class PruneSettings(classify.ClassifierSettings):
 def run(run: Run, settings: PruneSettings) -> TrainingReport:
     """Train, cut and tune; the folder has the cut network, and the uncut one in ``unpruned``."""
     data = classify.load(settings)
-    train, held = data.train.first(settings.train_images).parted(settings.held_images)
-    test = data.test.first(settings.test_images)
+    train, held = data.train.share(settings.train_images).parted(settings.held_images)
+    test = data.test.share(settings.test_images)
     work = _Work(run, settings, data, train, held, test)
     base = weights(run, work.fit("base", work.config, None, settings))
     start = work.start(base)

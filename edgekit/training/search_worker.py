@@ -59,7 +59,7 @@ class _Child:
         back, and the arguments of ``classify.loss_of``.
         """
         self._data = images.load(**data)
-        train = self._data.train.first(parts["train"])
+        train = self._data.train.share(parts["train"])
         self._train, self._held = train.parted(parts["held"])
         self._loss = classify.loss_of(self._data, **loss)
 

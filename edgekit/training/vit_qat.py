@@ -83,8 +83,8 @@ def run(run: Run, settings: VitQatSettings) -> TrainingReport:
     the report of all.
     """
     data = classify.load(settings)
-    train = data.train.first(settings.train_images)
-    test = data.test.first(settings.test_images)
+    train = data.train.share(settings.train_images)
+    test = data.test.share(settings.test_images)
     if any(side % settings.patch for side in data.shape[1:]):
         raise RecipeError(f"{data.shape[1:]} pixels cannot be cut into patches of {settings.patch}")
     plain: dict[str, Any] = {

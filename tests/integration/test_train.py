@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Ran
 from PIL import Image
 from training_data import picture_folder
@@ -265,6 +266,23 @@ def test_fashion_mnist_in_the_cache_is_read_and_its_labels_are_checked(home: Pat
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bno")
     with pytest.raises(DataError, match="no gzip"):
         images.load("fashion-mnist")
+
+
+def test_a_part_of_a_folder_has_of_every_class_its_share(tmp_path: Path) -> None:
+    """Files lie class by class: the first ones would be of one class alone."""
+    folder = picture_folder(tmp_path / "pictures", each=60)
+    for path in sorted((folder / "lying").iterdir())[20:]:  # of one class a third of the other
+        path.unlink()
+    whole = images.load(str(folder), side=8, channels=1).train
+    assert whole.classes.bincount().tolist() == [16, 48]
+    part = whole.share(16)
+    assert part.classes.bincount().tolist() == [4, 12]
+    # They are spread over each class, in the files' order, and the same each time.
+    rows = {each.numpy().tobytes(): number for number, each in enumerate(whole.pixels)}
+    numbers = [rows[each.numpy().tobytes()] for each in part.pixels]
+    assert numbers == sorted(set(numbers)) and min(numbers) == 0 and max(numbers) >= 60
+    assert torch.equal(part.pixels, whole.share(16).pixels)
+    assert len(whole.share(0)) == len(whole.share(64)) == len(whole.share(1000)) == 64
 
 
 def test_pictures_of_any_size_become_square(tmp_path: Path) -> None:
