@@ -95,7 +95,7 @@ def evaluation(data: Labelled, images: Images) -> Callable[[torch.nn.Module], di
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         total, right = 0.0, 0
-        for logits, classes in _answers(model, data, images):
+        for logits, classes in answers(model, data, images):
             total += float(F.cross_entropy(logits, classes, reduction="sum"))
             right += int((logits.argmax(1) == classes).sum())
         return {"loss": total / len(images), "accuracy": right / len(images)}
@@ -107,8 +107,20 @@ def evaluation(data: Labelled, images: Images) -> Callable[[torch.nn.Module], di
 def right(model: torch.nn.Module, data: Labelled, images: Images) -> list[bool]:
     """Whether the model is right on each image: what a paired comparison of two models needs."""
     model.eval()
-    hits = [logits.argmax(1) == classes for logits, classes in _answers(model, data, images)]
+    hits = [logits.argmax(1) == classes for logits, classes in answers(model, data, images)]
     found: list[bool] = torch.cat(hits).tolist()
+    return found
+
+
+@torch.no_grad()
+def losses(model: torch.nn.Module, data: Labelled, images: Images) -> list[float]:
+    """The cross-entropy of each image, in nats."""
+    model.eval()
+    each = [
+        F.cross_entropy(logits, classes, reduction="none")
+        for logits, classes in answers(model, data, images)
+    ]
+    found: list[float] = torch.cat(each).tolist()
     return found
 
 
@@ -140,10 +152,10 @@ def points(lead: Interval) -> str:
     )
 
 
-def _answers(
+def answers(
     model: torch.nn.Module, data: Labelled, images: Images
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits and classes of one batch after the other."""
+    """Logits (float32) and classes of one batch after the other, as the model's mode has it."""
     device = next(model.parameters()).device
     for start in range(0, len(images), _EVAL_BATCH):
         pixels = images.pixels[start : start + _EVAL_BATCH].to(device)

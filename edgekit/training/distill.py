@@ -3,7 +3,8 @@
 The student is the teacher with a part of its channels, cut by what each does for the loss, or a
 narrow network of its own. It is trained twice from the same weights, for as many steps, on the same
 images: alone, and with the teacher. The report says how much of the loss that the student lacks
-against the teacher the teacher gave back.
+against the teacher the teacher gave back. A teacher's answers are calibrated first, on images held
+back: a student learns its sureness too, and is judged by it.
 
 Knows the order of the work; never a formula (``distillation``), nor how channels hang together.
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 from edgekit.errors import RecipeError
 from edgekit.training import (
+    bootstrap,
     channel_groups,
     classify,
     deploy,
@@ -36,6 +38,7 @@ from edgekit.training.trained_residual import State, Trained, weights
 from edgekit.training.trainer import Batch, Task
 
 TEACHER, ALONE, TAUGHT = "teacher", "alone", "distilled"
+_HEAD = "head"  # the layer whose outputs are the classes
 _SCORED = 1024  # images that the teacher's channels are scored by
 
 
@@ -50,6 +53,7 @@ class DistillSettings(classify.ClassifierSettings):
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage of such a teacher")
     blocks: tuple[int, ...] = setting((1, 1, 1), "its blocks of each stage")
+    held_images: int = setting(2000, "of these, that a teacher is calibrated on; none trains")
     student: Literal["cut", "narrow"] = setting(
         "cut", "the teacher with a part of its channels, or as narrow from new weights"
     )
@@ -66,21 +70,16 @@ class DistillSettings(classify.ClassifierSettings):
             raise RecipeError("keep and answers are shares")
         if min(self.features, self.attention) < 0:
             raise RecipeError("features and attention must not be negative")
-        if self.temperature <= 0 or self.teacher_steps < 1:
-            raise RecipeError("temperature and teacher_steps must be more than 0")
+        if self.temperature <= 0 or self.teacher_steps < 1 or self.held_images < 1:
+            raise RecipeError("temperature, teacher_steps and held_images must be more than 0")
 
 
 def run(run: Run, settings: DistillSettings) -> TrainingReport:
     """Train the teacher if there is none, the student alone, and the student with it."""
     data = classify.load(settings)
-    work = _Work(
-        run,
-        settings,
-        data,
-        data.train.share(settings.train_images),
-        data.test.share(settings.test_images),
-    )
-    teacher = work.teacher()
+    train, held = data.train.share(settings.train_images).parted(settings.held_images)
+    work = _Work(run, settings, data, train, held, data.test.share(settings.test_images))
+    teacher, scale = work.calibrated(work.teacher())
     config, start = work.student(teacher)
     models = {
         TAUGHT: work.taught(teacher, config, start),
@@ -103,7 +102,7 @@ def run(run: Run, settings: DistillSettings) -> TrainingReport:
             (folder / name).mkdir()
             models[name].fill(data, folder / name)
 
-    return run.finish(fill, results, work.remarks(models) if run.main else [])
+    return run.finish(fill, results, work.remarks(models, scale) if run.main else [])
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,14 @@ class _Work:
     settings: DistillSettings
     data: Labelled
     train: Images
+    held: Images
     test: Images
 
     def teacher(self) -> Trained:
         """The one of the folder, or one that is trained here."""
         settings, data = self.settings, self.data
-        evaluate = classify.evaluation(data, self.test)
         if settings.teacher:
-            found = trained_residual.read(Path(settings.teacher).expanduser(), data)
-            with torch.no_grad():
-                return replace(found, figures=evaluate(found.network().eval()))
+            return trained_residual.read(Path(settings.teacher).expanduser(), data)
         config = residual.config(
             data.shape,
             len(data.labels),
@@ -132,12 +129,28 @@ class _Work:
         steps = replace(settings, steps=settings.teacher_steps)
         return self.trained(TEACHER, config, None, steps)
 
+    def calibrated(self, teacher: Trained) -> tuple[Trained, float]:
+        """The teacher with a last layer whose answers are as sure as they are right on the images
+        held back, its figures, and what that layer was multiplied by.
+        """
+        network = teacher.network().eval()
+        with torch.no_grad():
+            pairs = list(classify.answers(network, self.data, self.held))
+        logits, classes = (torch.cat(each) for each in zip(*pairs, strict=True))
+        scale = distillation.calibrating_scale(logits, classes)
+        last = [each for name, each in network.named_parameters() if name.startswith(f"{_HEAD}.")]
+        with torch.no_grad():
+            for each in last:
+                each *= scale
+            figures = classify.evaluation(self.data, self.test)(network)
+        return Trained(teacher.config, network.state_dict(), figures), scale
+
     def student(self, teacher: Trained) -> tuple[dict[str, Any], State | None]:
         """Its config, and the weights that both trainings start from; None: new ones.
 
         From every group of channels those stay that matter most by the Taylor criterion.
         """
-        network, shape, last = teacher.network(), self.data.shape, "head"
+        network, shape, last = teacher.network(), self.data.shape, _HEAD
         groups = channel_groups.find(network, shape, last)
         numbers = torch.linspace(0, len(self.train) - 1, min(_SCORED, len(self.train))).long()
         pixels, classes = self.train.batch(numbers)
@@ -190,11 +203,16 @@ class _Work:
             )
             soft = distillation.of_answers(logits, answer, settings.temperature)
             total = (1 - settings.answers) * labels + settings.answers * soft
-            total = total + settings.features * distillation.of_features(made, its)
-            return total + settings.attention * distillation.of_attention(mine, its)
+            if settings.features:
+                total = total + settings.features * distillation.of_features(made, its)
+            if settings.attention:
+                total = total + settings.attention * distillation.of_attention(mine, its)
+            return total
 
         student = self._started(config, start)
-        pupil = distillation.Pupil(student, _widths(config), _widths(teacher.config))
+        widths = zip(_widths(config), _widths(teacher.config), strict=True)
+        # Weights that no loss reaches would keep several processes waiting for their gradients.
+        pupil = distillation.Pupil(student, tuple(widths) if settings.features else ())
         pupil = pupil.to(memory_format=torch.channels_last)
         evaluate = classify.evaluation(data, self.test)
         fitted = self.run.fit(Task(TAUGHT, pupil, self.train, loss, evaluate), settings)
@@ -208,17 +226,24 @@ class _Work:
             network.load_state_dict(start)
         return network
 
-    def remarks(self, models: dict[str, Trained]) -> list[str]:
+    def remarks(self, models: dict[str, Trained], scale: float) -> list[str]:
         """How much of the gap was closed, in loss and in accuracy."""
-        loss = {name: model.figures["loss"] for name, model in models.items()}
+        loss = {
+            name: torch.tensor(classify.losses(model.network(), self.data, self.test))
+            for name, model in models.items()
+        }
         gap, gained = loss[ALONE] - loss[TEACHER], loss[ALONE] - loss[TAUGHT]
         found = [
+            f"the teacher's logits were multiplied by {scale:.2f}, which calibrates them on"
+            f" {len(self.held):,} images held back",
             f"tested on {len(self.test):,} images of {self.settings.data} that no training saw",
-            f"loss of {ALONE} {loss[ALONE]:.4f}, of {TAUGHT} {loss[TAUGHT]:.4f}, of the teacher"
-            f" {loss[TEACHER]:.4f}",
         ]
-        if gap > 0:
-            found.append(f"the teacher gave back {gained / gap:.0%} of the gap of the loss")
+        if gap.mean() > 0:
+            share = bootstrap.ratio(gained.tolist(), gap.tolist())
+            found.append(
+                f"of the gap of {gap.mean():.4f} in loss the teacher gave back {share.value:.0%}"
+                f" [{share.low:.0%}, {share.high:.0%}], bootstrap over the test images"
+            )
         else:
             found.append("there is no gap: the student alone is as good as the teacher")
         pairs = [(TAUGHT, ALONE)]

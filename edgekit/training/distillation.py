@@ -5,11 +5,14 @@ Knows logits, features and the formulas; never a recipe, nor where a teacher com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+_SCALES = (0.25, 4.0)  # within which a teacher is calibrated
 
 # Logits, a student's features brought to the teacher's channels, and these features as they are.
 Answer = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
@@ -57,18 +60,36 @@ def _attention(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float().square().sum(1).flatten(1), dim=1)
 
 
+@torch.no_grad()
+def calibrating_scale(logits: torch.Tensor, classes: torch.Tensor) -> float:
+    """What to multiply logits by for the least cross-entropy with the labels: 1/T of temperature
+    scaling (Guo et al. 2017, "On Calibration of Modern Neural Networks", section 4.2), from 1/4 to
+    4. Logits [images, classes], classes [images].
+
+    The cross-entropy is convex in the scale, so its slope has one zero, which is cut in on.
+    """
+    logits = logits.double()
+    right = logits.gather(1, classes[:, None])[:, 0]
+    low, high = _SCALES
+    for _ in range(50):
+        scale = math.sqrt(low * high)
+        expected = ((scale * logits).softmax(1) * logits).sum(1)
+        if float((expected - right).mean()) < 0:
+            low = scale
+        else:
+            high = scale
+    return scale
+
+
 class Pupil(nn.Module):
-    """A student, and a 1x1 convolution for each of its stages that brings its channels to the
-    teacher's (FitNets' regressor). In training mode it gives an Answer, in evaluation mode the
-    student's logits alone.
+    """A student, and for each of its stages a 1x1 convolution that brings its channels to the
+    teacher's (FitNets' regressor): ``pairs`` are the channels of both, none where features are not
+    taught. In training mode it gives an Answer, in evaluation mode the student's logits alone.
     """
 
-    def __init__(
-        self, student: nn.Module, widths: Sequence[int], teacher_widths: Sequence[int]
-    ) -> None:
+    def __init__(self, student: nn.Module, pairs: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__()
         self.student = student
-        pairs = zip(widths, teacher_widths, strict=True)
         self.regressors = nn.ModuleList(nn.Conv2d(mine, its, 1) for mine, its in pairs)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | Answer:
@@ -76,7 +97,8 @@ class Pupil(nn.Module):
         logits: torch.Tensor = self.student.classify(features[-1])
         if not self.training:
             return logits
-        made = [layer(each) for layer, each in zip(self.regressors, features, strict=True)]
+        # Without regressors nothing is made.
+        made = [layer(each) for layer, each in zip(self.regressors, features, strict=False)]
         return logits, made, features
 
 

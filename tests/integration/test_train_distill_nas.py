@@ -25,7 +25,7 @@ from edgekit.training.settings import with_pairs
 
 TOY = ("side=8", "channels=1", "flip=no", "shift=1", "threads=1", "batch=16", "lr=1e-2")
 QUICK = ("latency=no", "eval_every=0", "steps=60")
-DISTILL = ("widths=8,12", "blocks=1,1", "teacher_steps=100")
+DISTILL = ("widths=8,12", "blocks=1,1", "teacher_steps=100", "held_images=24")
 NAS = ("stages=2", "widest=16", "most_blocks=1", "trial_steps=12", "board=rpi5", "held_images=16")
 
 
@@ -185,6 +185,7 @@ def _workers(parent: int) -> list[int]:
         ("distill", "keep=1"),
         ("distill", "answers=2"),
         ("distill", "temperature=0"),
+        ("distill", "held_images=0"),
         ("nas", "hours=0"),
         ("nas", "widest=20"),
         ("nas", "rungs=0"),

@@ -326,3 +326,18 @@ def test_the_bootstrap_of_pairs_is_near_what_theory_says() -> None:
     assert (same.low, same.high) == (0.0, 0.0)
     with pytest.raises(UsageError):
         bootstrap.paired([1.0], [])
+
+
+def test_the_bootstrap_of_a_ratio_knows_that_both_sides_are_of_the_same_samples() -> None:
+    torch.manual_seed(0)
+    whole = torch.rand(4000).double() + 0.5
+    half = bootstrap.ratio((whole / 2).tolist(), whole.tolist())
+    assert (half.low, half.value, half.high) == pytest.approx((0.5, 0.5, 0.5))
+    noisy = whole / 2 + 0.3 * torch.randn(4000)
+    found = bootstrap.ratio(noisy.tolist(), whole.tolist())
+    # The delta method: the deviation of a - ratio * b, over the mean of b.
+    error = 1.96 * float((noisy - found.value * whole).std()) / 4000**0.5 / float(whole.mean())
+    assert found.value == pytest.approx(0.5, abs=0.01)
+    assert found.high - found.low == pytest.approx(2 * error, rel=0.15)
+    with pytest.raises(UsageError):
+        bootstrap.ratio([1.0], [])

@@ -155,7 +155,7 @@ def test_a_pupil_answers_as_its_student_does() -> None:
     torch.manual_seed(0)
     config = residual.config((1, 8, 8), 3, kind="basic", widths=(4, 6), blocks=(1, 1))
     student = residual.build(config)
-    pupil = distillation.Pupil(student, [4, 6], [8, 12])
+    pupil = distillation.Pupil(student, [(4, 8), (6, 12)])
     images = torch.randn(2, 1, 8, 8)
     logits, made, own = pupil.train()(images)
     assert logits.shape == (2, 3) and [each.shape[1] for each in made] == [8, 12]
@@ -165,6 +165,25 @@ def test_a_pupil_answers_as_its_student_does() -> None:
     again = residual.build(config)
     again.load_state_dict(state)
     assert torch.equal(again.eval()(images), student(images))
+    # Where features are not taught nothing is made of them, and no weights wait for a gradient.
+    bare = distillation.Pupil(student)
+    assert len(list(bare.parameters())) == len(list(student.parameters()))
+    assert bare.train()(images)[1] == []
+
+
+def test_the_scale_of_a_teacher_is_the_one_of_the_least_loss() -> None:
+    torch.manual_seed(0)
+    true = torch.randn(4000, 5) * 2
+    classes = torch.multinomial(true.softmax(1), 1)[:, 0]
+    # Answers are three times too sure, or half as sure as they are right.
+    for wrong in (3.0, 0.5):
+        scale = distillation.calibrating_scale(wrong * true, classes)
+        assert scale == pytest.approx(1 / wrong, rel=0.05)
+        least = float(F.cross_entropy(scale * wrong * true, classes))
+        for other in (0.97 * scale, 1.03 * scale):
+            assert float(F.cross_entropy(other * wrong * true, classes)) > least
+    # A teacher that is never wrong could be ever surer: there is an end to it.
+    assert distillation.calibrating_scale(true, true.argmax(1)) == pytest.approx(4.0)
 
 
 def test_weights_of_another_network_are_no_student() -> None:
