@@ -93,6 +93,8 @@ class PruneSettings(classify.ClassifierSettings):
             raise RecipeError("answers and least are shares, temperature is more than 0")
         if not 0 < self.round_share * (self.rounds - 1) < 1 and self.rounds > 1:
             raise RecipeError("the rounds but the last take no share, or all of the steps")
+        if self.sparse and self.parallel == "fsdp":
+            raise RecipeError("zeros are not kept in shards", hint="--set sparse=no")
         if min(self.steps_of(number) for number in range(self.rounds)) < 1:
             raise RecipeError("a round has no steps", hint="more tune_steps, or fewer rounds")
 

@@ -430,7 +430,8 @@ def _distributed(
     for part in list(model.modules()):
         if isinstance(part, torch.nn.ModuleList):
             for block in part:
-                fully_shard(block, reshard_after_forward=True)
+                if not isinstance(block, torch.nn.ModuleList):  # a list is never called itself
+                    fully_shard(block, reshard_after_forward=True)
     # The root too: whole weights left over from an evaluation would be those of the average.
     return fully_shard(model, reshard_after_forward=True)
 

@@ -168,6 +168,7 @@ def test_what_is_measured_here_becomes_faster_here(pictures: Path, tmp_path: Pat
         (("answers=1.5",), "answers and least"),
         (("rounds=4", "tune_steps=2"), "a round has no steps"),
         (("rounds=11",), "take no share, or all"),
+        (("parallel=fsdp",), "zeros are not kept in shards"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(pairs: tuple[str, ...], words: str) -> None:
