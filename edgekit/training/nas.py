@@ -62,10 +62,14 @@ class NasSettings(classify.ClassifierSettings):
     widest: int = setting(96, "most channels of a stage")
     most_blocks: int = setting(2, "most blocks of a stage")
     trial_steps: int = setting(150, "steps of a trial that is not stopped")
+    trial_batch: int = setting(64, "samples of a trial's step")
     trial_lr: float = setting(4e-3, "highest learning rate of a trial")
     rungs: int = setting(3, "times that a trial is looked at")
     keep: float = setting(0.5, "share of the trials at a rung that go on")
     give: float = setting(0.005, "accuracy that is given up for speed when one is chosen")
+    slowest: float = setting(
+        3.0, "proposals that take so many times what the one drawn by hand takes are not trained"
+    )
     max_ms: float = setting(0.0, "slowest network that may be chosen; 0: any")
     baseline: bool = setting(True, "train a network that was drawn by hand too")
     held_images: int = setting(4000, "of these, that the search judges by; none is trained on")
@@ -78,8 +82,10 @@ class NasSettings(classify.ClassifierSettings):
             raise RecipeError("widest is a multiple of 8, and 16 at least")
         if not 0 < self.rungs <= self.trial_steps or not 0 < self.keep <= 1:
             raise RecipeError("rungs are 1 to trial_steps, keep is a share")
-        if self.held_images < 1 or self.give < 0 or self.max_ms < 0:
-            raise RecipeError("held_images is more than 0; give and max_ms are not negative")
+        if min(self.held_images, self.trial_batch, self.slowest) <= 0:
+            raise RecipeError("held_images, trial_batch and slowest must be more than 0")
+        if self.give < 0 or self.max_ms < 0:
+            raise RecipeError("give and max_ms must not be negative")
 
 
 def run(run: Run, settings: NasSettings) -> TrainingReport:
@@ -93,7 +99,8 @@ def run(run: Run, settings: NasSettings) -> TrainingReport:
     found = Search(
         run.work / "study.db", seed=settings.seed, describe=partial(work.describe, times)
     )
-    work.search(found)
+    most_ms = settings.slowest * work.describe(times, work.by_hand())[0]
+    work.search(found, most_ms)
     trials, spent_s = found.trials(), found.spent_s
     chosen = work.choose(trials)
     configs = {"found": work.config(chosen.params)}
@@ -195,8 +202,10 @@ class _Work:
 
     # The search
 
-    def search(self, found: Search) -> None:
-        """Trials until the hours are over. Raises TrainError where none came to its end."""
+    def search(self, found: Search, most_ms: float) -> None:
+        """Trials until the hours are over; slower ones than ``most_ms`` are not trained. Raises
+        TrainError where none came to its end.
+        """
         until_s = 3600 * self.settings.hours
         if found.spent_s < until_s:
             workers = [
@@ -206,8 +215,9 @@ class _Work:
                 for _ in range(self.settings.workers)
             ]
             try:
+                limits = until_s, most_ms
                 with ThreadPoolExecutor(len(workers)) as threads:
-                    ends = [threads.submit(self._work, each, found, until_s) for each in workers]
+                    ends = [threads.submit(self._work, each, found, *limits) for each in workers]
                     try:
                         for end in as_completed(ends):
                             end.result()
@@ -224,7 +234,7 @@ class _Work:
                 hint="fewer trial_steps, fewer images or more hours, with another --out",
             )
 
-    def _work(self, worker: _proc.Worker, found: Search, until_s: float) -> None:
+    def _work(self, worker: _proc.Worker, found: Search, until_s: float, most_ms: float) -> None:
         """What keeps one worker busy: trial after trial."""
         settings = self.settings
         asked = partial(_asked, worker)
@@ -242,6 +252,9 @@ class _Work:
         found.begin()
         while (left_s := until_s - found.spent_s) > 0:
             number, config, standing = found.ask(self.suggest)
+            if standing.ms > most_ms:
+                found.tell(number, [], "pruned")  # training costs in proportion
+                continue
             begun_s = time.monotonic()
             ended = asked(
                 "train",
@@ -262,7 +275,7 @@ class _Work:
         return {
             "seed": settings.seed,
             "steps": settings.trial_steps,
-            "batch": settings.batch,
+            "batch": settings.trial_batch,
             "lr": settings.trial_lr,
             "weight_decay": settings.weight_decay,
             "precision": settings.precision,
@@ -325,10 +338,11 @@ class _Work:
         spent_s: float,
     ) -> list[str]:
         """What the table does not say."""
-        ends = [each.end for each in trials]
+        ends = [each.end for each in trials if each.rungs or each.end == "fail"]
         found = [
             f"{len(trials)} trials in {spent_s / 3600:.2f} hours: {ends.count('complete')} to the"
-            f" end, {ends.count('pruned')} stopped at a rung, {ends.count('fail')} cut off",
+            f" end, {ends.count('pruned')} stopped at a rung, {ends.count('fail')} cut off,"
+            f" {len(trials) - len(ends)} too slow to be worth training",
             f"chosen: trial {chosen.number}, the fastest within {100 * self.settings.give:g} points"
             f" of the best, {self.clock}",
             "found: " + "; ".join(map(_stage, models["found"].config["stages"])),

@@ -59,6 +59,7 @@ _NEAR, _ENOUGH = 0.98, 1.05  # of the speed that is asked for
 class PruneSettings(classify.ClassifierSettings):
     """The network, the data, and how far to cut; the defaults are for Fashion-MNIST."""
 
+    base: str = setting("", "folder of a network that prune or distill left; empty: trained here")
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage")
     blocks: tuple[int, ...] = setting((1, 1, 1), "blocks of each stage")
@@ -109,17 +110,19 @@ def run(run: Run, settings: PruneSettings) -> TrainingReport:
     data = classify.load(settings)
     train, held = data.train.share(settings.train_images).parted(settings.held_images)
     test = data.test.share(settings.test_images)
-    work = _Work(run, settings, data, train, held, test)
-    base = weights(run, work.fit("base", work.config, None, settings))
+    given = trained_residual.read(Path(settings.base).expanduser(), data) if settings.base else None
+    config = dict(given.config) if given else _drawn(settings, data)
+    work = _Work(run, settings, data, train, held, test, config)
+    base = given.state if given else weights(run, work.fit("base", config, None, settings))
     start = work.start(base)
     tuning = replace(settings, lr=settings.tune_lr, eval_every=0, patience=0)
     whole = replace(tuning, steps=settings.tune_steps)
 
-    fitted = work.fit(UNCUT, work.config, base, whole)
-    uncut = Trained(work.config, weights(run, fitted), fitted.figures)
+    fitted = work.fit(UNCUT, config, base, whole)
+    uncut = Trained(config, weights(run, fitted), fitted.figures)
     teacher = uncut.network().to(memory_format=torch.channels_last)
     taught = taught_by(teacher.to(run.accelerator.device), data, settings)
-    config, state = work.config, base
+    state = base
     for number in range(settings.rounds):
         config, state = work.cut(number, config, state, start)
         steps = replace(tuning, steps=settings.steps_of(number))
@@ -192,19 +195,7 @@ class _Work:
     train: Images
     held: Images
     test: Images
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Of the uncut network."""
-        settings = self.settings
-        return residual.config(
-            self.data.shape,
-            len(self.data.labels),
-            kind=settings.kind,
-            widths=settings.widths,
-            blocks=settings.blocks,
-            expand=settings.expand,
-        )
+    config: dict[str, Any]  # of the uncut network
 
     # Training
 
@@ -412,6 +403,18 @@ class _Work:
             f" back: {told}"
         )
         return found
+
+
+def _drawn(settings: PruneSettings, data: Labelled) -> dict[str, Any]:
+    """The config of the network that the settings describe."""
+    return residual.config(
+        data.shape,
+        len(data.labels),
+        kind=settings.kind,
+        widths=settings.widths,
+        blocks=settings.blocks,
+        expand=settings.expand,
+    )
 
 
 def _untrained(config: dict[str, Any]) -> Trained:

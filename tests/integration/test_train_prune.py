@@ -61,6 +61,19 @@ def test_the_report_has_the_cut_network_beside_those_of_equal_training(run: Path
     assert steps["round-1"] + steps["round-2"] == steps["unpruned"] == steps["2-of-4"] == 60
 
 
+def test_a_network_that_was_left_is_cut_without_training_another(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pairs = (f"base={run / 'unpruned'}", "latency=no", "sparse=no", "expand=3")
+    body = pruned(tmp_path / "out", pictures, *pairs)
+    assert [phase["name"] for phase in body["phases"]] == ["unpruned", "round-1", "round-2"]
+    before, after = (
+        json.loads((folder / "network.json").read_text())["config"]["stages"]
+        for folder in (run / "unpruned", tmp_path / "out" / "unpruned")
+    )
+    assert before == after  # its own widths, not those of the settings
+
+
 def test_the_board_is_predicted_to_be_as_fast_as_asked_for(run: Path) -> None:
     remarks = json.loads((run / "training.json").read_text())["remarks"]
     (told,) = [remark for remark in remarks if "predicted for rpi5" in remark]
