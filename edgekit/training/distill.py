@@ -49,19 +49,22 @@ class DistillSettings(classify.ClassifierSettings):
     """
 
     teacher: str = setting("", "folder of a network that prune left; empty: trained here")
-    teacher_steps: int = setting(1000, "steps of a teacher that is trained here")
+    teacher_steps: int = setting(3600, "steps of a teacher that is trained here")
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage of such a teacher")
     blocks: tuple[int, ...] = setting((1, 1, 1), "its blocks of each stage")
     held_images: int = setting(2000, "of these, that a teacher is calibrated on; none trains")
+    student_images: int = setting(
+        0, "images that the students learn from, of every class its share; 0: the teacher's"
+    )
     student: Literal["cut", "narrow"] = setting(
         "cut", "the teacher with a part of its channels, or as narrow from new weights"
     )
-    keep: float = setting(0.25, "share of the teacher's channels that the student has")
-    temperature: float = setting(4.0, "that softens the answers")
+    keep: float = setting(0.5, "share of the teacher's channels that the student has")
+    temperature: float = setting(2.0, "that softens the answers")
     answers: float = setting(0.9, "weight of the teacher's answers; the labels have the rest")
-    features: float = setting(1.0, "weight of the teacher's features; 0 leaves them out")
-    attention: float = setting(1.0, "weight of where the teacher looks; 0 leaves it out")
+    features: float = setting(0.0, "weight of the teacher's features; 0 leaves them out")
+    attention: float = setting(0.0, "weight of where the teacher looks; 0 leaves it out")
     smoothing: float = setting(0.0, "label smoothing, of all three alike")
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class DistillSettings(classify.ClassifierSettings):
             raise RecipeError("keep and answers are shares")
         if min(self.features, self.attention) < 0:
             raise RecipeError("features and attention must not be negative")
+        if self.student_images < 0:
+            raise RecipeError("student_images must not be negative")
         if self.temperature <= 0 or self.teacher_steps < 1 or self.held_images < 1:
             raise RecipeError("temperature, teacher_steps and held_images must be more than 0")
 
@@ -83,7 +88,7 @@ def run(run: Run, settings: DistillSettings) -> TrainingReport:
     config, start = work.student(teacher)
     models = {
         TAUGHT: work.taught(teacher, config, start),
-        ALONE: work.trained(ALONE, config, start, settings),
+        ALONE: work.trained(ALONE, config, start, settings, work.fewer),
         TEACHER: teacher,
     }
     fills = {name: partial(model.fill, data) for name, model in models.items()}
@@ -114,6 +119,11 @@ class _Work:
     held: Images
     test: Images
 
+    @property
+    def fewer(self) -> Images:
+        """What the students learn from."""
+        return self.train.share(self.settings.student_images)
+
     def teacher(self) -> Trained:
         """The one of the folder, or one that is trained here."""
         settings, data = self.settings, self.data
@@ -127,7 +137,7 @@ class _Work:
             blocks=settings.blocks,
         )
         steps = replace(settings, steps=settings.teacher_steps)
-        return self.trained(TEACHER, config, None, steps)
+        return self.trained(TEACHER, config, None, steps, self.train)
 
     def calibrated(self, teacher: Trained) -> tuple[Trained, float]:
         """The teacher with a last layer whose answers are as sure as they are right on the images
@@ -152,11 +162,10 @@ class _Work:
         """
         network, shape, last = teacher.network(), self.data.shape, _HEAD
         groups = channel_groups.find(network, shape, last)
-        numbers = torch.linspace(0, len(self.train) - 1, min(_SCORED, len(self.train))).long()
-        pixels, classes = self.train.batch(numbers)
+        few = self.fewer.share(_SCORED)
 
         def loss(network: torch.nn.Module) -> torch.Tensor:
-            return F.cross_entropy(network(self.data.normalized(pixels)), classes)
+            return F.cross_entropy(network(self.data.normalized(few.pixels)), few.classes)
 
         scores = channel_groups.scores("taylor", network, groups, [loss])
         removed = {}
@@ -169,9 +178,14 @@ class _Work:
         return config, network.state_dict() if self.settings.student == "cut" else None
 
     def trained(
-        self, name: str, config: dict[str, Any], start: State | None, settings: Settings
+        self,
+        name: str,
+        config: dict[str, Any],
+        start: State | None,
+        settings: Settings,
+        images: Images,
     ) -> Trained:
-        """A network that learns from the labels alone."""
+        """A network that learns from the labels of ``images`` alone."""
         loss = classify.loss_of(
             self.data,
             smoothing=self.settings.smoothing,
@@ -180,7 +194,7 @@ class _Work:
         )
         network = self._started(config, start).to(memory_format=torch.channels_last)
         evaluate = classify.evaluation(self.data, self.test)
-        fitted = self.run.fit(Task(name, network, self.train, loss, evaluate), settings)
+        fitted = self.run.fit(Task(name, network, images, loss, evaluate), settings)
         return Trained(config, weights(self.run, fitted), fitted.figures)
 
     def taught(self, teacher: Trained, config: dict[str, Any], start: State | None) -> Trained:
@@ -215,7 +229,7 @@ class _Work:
         pupil = distillation.Pupil(student, tuple(widths) if settings.features else ())
         pupil = pupil.to(memory_format=torch.channels_last)
         evaluate = classify.evaluation(data, self.test)
-        fitted = self.run.fit(Task(TAUGHT, pupil, self.train, loss, evaluate), settings)
+        fitted = self.run.fit(Task(TAUGHT, pupil, self.fewer, loss, evaluate), settings)
         state = distillation.of_student(weights(self.run, fitted))
         return Trained(config, state, fitted.figures)
 

@@ -26,6 +26,7 @@ from edgekit.training.settings import with_pairs
 TOY = ("side=8", "channels=1", "flip=no", "shift=1", "threads=1", "batch=16", "lr=1e-2")
 QUICK = ("latency=no", "eval_every=0", "steps=60")
 DISTILL = ("widths=8,12", "blocks=1,1", "teacher_steps=100", "held_images=24")
+HINTS = ("features=1", "attention=1")
 NAS = ("stages=2", "widest=16", "most_blocks=1", "trial_steps=12", "board=rpi5", "held_images=16")
 
 
@@ -41,7 +42,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "taught"
-    trained("distill", out, f"data={pictures}", *TOY, *QUICK, *DISTILL)
+    trained("distill", out, f"data={pictures}", *TOY, *QUICK, *DISTILL, *HINTS, "keep=0.25")
     return out
 
 

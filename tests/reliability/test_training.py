@@ -185,6 +185,7 @@ def test_kills_change_nothing_in_a_language_model_that_is_pruned(tmp_path: Path)
 def test_kills_of_teacher_and_students_change_nothing(tmp_path: Path) -> None:
     toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
     more = ("widths=8,12", "teacher_steps=150", "steps=120", "held_images=8")
+    more += ("features=1", "attention=1", "student_images=20")
     killed_at_random_points(tmp_path, 6, "distill", *toy, *more)
 
 
