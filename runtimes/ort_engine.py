@@ -18,6 +18,7 @@ from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.runtime import DEFAULT_N_CTX
 from edgekit.runtimes import ort_start
 from edgekit.runtimes.hf_tokens import HfTokens
+from edgekit.runtimes.huge_pages import HugePages
 from edgekit.runtimes.token_engine import Logits
 
 
@@ -214,11 +215,14 @@ class OrtEngine:
 
 
 def started(path: Path, threads: int, *, spin: bool = True) -> Any:
-    """An engine's session. Raises LoadError."""
+    """An engine's session, its weights in large pages. Raises LoadError."""
     options = ort_start.options_for(threads)
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort_start.opened(path, options)
+    pages = HugePages()
+    session = ort_start.opened(path, options)
+    pages.collapse()
+    return session
 
 
 def _value(array: Any) -> Any:

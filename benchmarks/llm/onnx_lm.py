@@ -4,17 +4,21 @@
 
 All are made of SmolLM2, moved off the grid that it was stored on (``reference.py``). Quality is the
 KL divergence from the float32 graph on held-out text, over the second half of each chunk of 512
-tokens. Speed is taken in turns; ratios compare turns beside each other. The peer runs in an
-environment of its own, which is made in the scratch folder unless ``--peer-python`` names one.
+tokens. Speed is taken in turns, and for every repetition all models are loaded anew, in another
+order: where a process happens to lie in memory can move its speed by a third. The peer runs in an
+environment of its own, made in the scratch folder unless ``--peer-python`` names one.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +49,6 @@ class Side:
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.speeds: dict[str, list[float]] = {"decode": [], "prefill": []}
         self._answer()
 
     def ask(self, line: str) -> Any:
@@ -62,9 +65,9 @@ class Side:
             raise SystemExit(f"{self._process.args!r} ended early")
         return json.loads(line)
 
-    def turn(self, verb: str, count: int) -> None:
-        """Take a figure, in tokens a second."""
-        self.speeds[verb].append(1 / float(self.ask(f"{verb} {count}")))
+    def speed(self, verb: str, count: int) -> float:
+        """Tokens a second of one turn."""
+        return 1 / float(self.ask(f"{verb} {count}"))
 
     def close(self) -> None:
         """End the process."""
@@ -112,6 +115,28 @@ def quality(truth: Path, found: Path) -> dict[str, float]:
         "p99_kl": float(np.quantile(every, 0.99)),
         "same_top1": float(np.concatenate(same).mean()),
     }
+
+
+def race(
+    start: Mapping[str, Callable[[], Side]], counts: Mapping[str, int], reps: int
+) -> dict[str, dict[str, list[float]]]:
+    """Speeds of each model by verb, one for every repetition: the median of three turns."""
+    found: dict[str, dict[str, list[float]]] = {name: {v: [] for v in counts} for name in start}
+    chance = random.Random(0)
+    for _ in range(reps):
+        order = list(start)
+        chance.shuffle(order)
+        running = {name: start[name]() for name in order}
+        for verb, count in counts.items():
+            turns: dict[str, list[float]] = {name: [] for name in order}
+            for names in (order, order[::-1], order):
+                for name in names:
+                    turns[name].append(running[name].speed(verb, count))
+            for name, speeds in turns.items():
+                found[name][verb].append(statistics.median(speeds))
+        for side in running.values():
+            side.close()
+    return found
 
 
 def _log_softmax(logits: Any) -> Any:
@@ -166,20 +191,22 @@ def main() -> None:
         work = Path(name)
         cut = [ids[at : at + _CHUNK] for at in range(0, chunks * _CHUNK, _CHUNK)]
         (work / "chunks.json").write_text(json.dumps(cut))
-        running: dict[str, Side] = {}
-        for label, (kind, interpreter, path) in sides.items():
-            side = running[label] = Side(interpreter, kind, path, threads)
+        start = {
+            label: partial(Side, interpreter, kind, path, threads)
+            for label, (kind, interpreter, path) in sides.items()
+        }
+        for label in sides:
             measure.say(f"logits of {label}")
+            side = start[label]()
             side.ask(f"logits {work / 'chunks.json'} {work / label.replace(' ', '-')}.npy")
+            side.close()
         truth = work / "float32.npy"
         for label, (_, _, path) in sides.items():
             found = quality(truth, work / f"{label.replace(' ', '-')}.npy")
             rows.append({"model": label, "bytes": _size(path), **found})
-    if not arguments.no_speed:
-        for verb, count in (("prefill", prompt), ("decode", steps)):
-            turns = [partial(side.turn, verb, count) for side in running.values()]
-            measure.in_turn(reps, *turns)
-    peer = running["genai int4"].speeds
+    counts = {} if arguments.no_speed else {"prefill": prompt, "decode": steps}
+    speeds = race(start, counts, reps)
+    peer = speeds["genai int4"]
     measure.table(
         f"Float reference, {chunks} chunks of held-out text; speeds as multiples of genai's",
         ["model", "bytes", "mean KL", "p99 KL", "same top-1", "decode", "prefill", "decode tok/s"],
@@ -191,19 +218,14 @@ def main() -> None:
                 f"{row['p99_kl']:.3f}",
                 f"{row['same_top1']:.1%}",
                 *(
-                    measure.ratios(running[row["model"]].speeds[verb], peer[verb])
-                    if peer[verb]
-                    else "-"
+                    measure.ratios(speeds[row["model"]][verb], peer[verb]) if peer else "-"
                     for verb in ("decode", "prefill")
                 ),
-                f"{np.median(running[row['model']].speeds['decode'] or [0.0]):.0f}",
+                f"{np.median(speeds[row['model']]['decode']):.0f}" if peer else "-",
             ]
             for row in rows
         ],
     )
-    speeds = {label: side.speeds for label, side in running.items()}
-    for side in running.values():
-        side.close()
     measure.finish(arguments, figures | {"rows": rows, "speeds": speeds})
 
 

@@ -30,6 +30,12 @@ def _asked_for(memory: mmap.mmap) -> bool:
     raise AssertionError("the mapping is gone")
 
 
+def _resident_bytes() -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
 needs_huge_pages = pytest.mark.skipif(
     not huge_pages._huge_page_bytes(), reason="this kernel gives no process large pages"
 )
@@ -46,6 +52,21 @@ def test_new_memory_is_asked_for_once_and_old_memory_is_left_alone() -> None:
     new.write(bytes(64 * _MIB))
     old.close()
     new.close()
+
+
+@needs_huge_pages
+def test_what_is_written_is_moved_and_stays_as_it_was() -> None:
+    pages = HugePages()
+    new = mmap.mmap(-1, 64 * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    empty = mmap.mmap(-1, 64 * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    content = bytes(range(256)) * (64 * _MIB // 256)
+    new.write(content)
+    before = _resident_bytes()
+    pages.collapse()
+    assert _asked_for(new) and new[:] == content
+    assert _resident_bytes() - before < 8 * _MIB, "what nobody wrote to must not take memory"
+    new.close()
+    empty.close()
 
 
 @needs_huge_pages
