@@ -111,6 +111,8 @@ TFLITE_TYPES = (
     "static_wi8_ai8",
     "weight_only_wi8_afp32",
     "weight_only_wi4b32",
+    "weight_only_wi4_afp32",
+    "dynamic_wi4_afp32",
 )
 # These need inputs to run the model on while it is quantized; others take them, and do better.
 NEEDS_SAMPLES = ("static_wi8_ai8",)

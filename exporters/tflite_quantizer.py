@@ -16,7 +16,7 @@ import numpy as np
 from edgekit import _proc
 from edgekit.errors import EngineCrashedError, ExportError, MissingExtraError, RecipeError
 from edgekit.exporter import Progress
-from edgekit.exporters import tflite_mixture, tflite_ranges
+from edgekit.exporters import tflite_grid, tflite_mixture, tflite_ranges
 from edgekit.exporters.silence import silenced
 from edgekit.exporters.tflite_ranges import Range, Values
 from edgekit.exporters.torch_to_tflite import Engine
@@ -24,6 +24,7 @@ from edgekit.formats import tflite
 
 Feeds = Sequence[Mapping[str, Any]]
 STATIC = "static_wi8_ai8"
+_GRIDS = ("weight_only_wi4_afp32", "dynamic_wi4_afp32")  # steps of the weights are known
 _FLOAT = "F32"
 _BLOCK = "BLOCKWISE_32"
 _TRIALS = 16  # samples that variants are compared on
@@ -58,6 +59,8 @@ def quantize(
     facts: dict[str, Any] = {}
     if scheme == STATIC:
         made, facts = _static(source, header, kept, samples, progress)
+    elif scheme in _GRIDS:
+        made, facts = tflite_grid.write(source, kept, lambda names: write(source, scheme, names))
     else:
         made = write(source, scheme, kept)
     out.write_bytes(made)
@@ -223,6 +226,10 @@ def _ask(task: Any, library: Any, scheme: str) -> None:
             task.add_weight_only_config(".*", "*", 8)
             for kind in ("FULLY_CONNECTED", "EMBEDDING_LOOKUP"):
                 task.add_dynamic_config(".*", kind, 4, library.qtyping.QuantGranularity(_BLOCK))
+        case "weight_only_wi4_afp32":
+            task.add_weight_only_config(".*", "FULLY_CONNECTED", 4)
+        case "dynamic_wi4_afp32":
+            task.add_dynamic_config(".*", "FULLY_CONNECTED", 4)
         case "static_wi8_ai8":
             task.add_static_config(".*", "*", 8, 8)
             for end in ("INPUT", "OUTPUT"):

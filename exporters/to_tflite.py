@@ -39,6 +39,8 @@ _WEIGHT_BYTES = {
     "static_wi8_ai8": 1.0,
     "weight_only_wi8_afp32": 1.0,
     "weight_only_wi4b32": 0.5625,
+    "weight_only_wi4_afp32": 0.5,
+    "dynamic_wi4_afp32": 0.5,
 }
 
 

@@ -108,6 +108,33 @@ def test_static_ranges_are_measured_and_sensitive_layers_kept(tmp_path: Path) ->
     assert whole.receipt["agreement"]["cosine"]["value"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "least"), [("weight_only_wi4_afp32", 0.999999), ("dynamic_wi4_afp32", 0.999)]
+)
+def test_weights_on_a_grid_are_stored_in_4_bits_as_they_are(
+    kind: str, least: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        *(torch.nn.Linear(EXAMPLE.numel(), 48), torch.nn.ReLU(), torch.nn.Linear(48, 10)),
+    )
+    with torch.no_grad():
+        weight = module[1].weight
+        steps = torch.rand(48, 1) * 0.01 + 0.001
+        weight.copy_(torch.randint(-8, 8, weight.shape) * steps)
+    artifact = export(module, "tflite", type=kind, example_inputs=EXAMPLE, out=tmp_path / "out")
+    assert artifact.manifest.details["matrices"] == 1
+    assert len(artifact.manifest.details["kept_float"]) == 1  # the second lies on no grid
+    assert artifact.receipt["agreement"]["cosine"]["value"] > least
+    assert artifact.model_path.stat().st_size < EXAMPLE.numel() * 48 // 2 + 10_000
+    with pytest.raises(RecipeError, match="grid"):
+        export(
+            module[3], "tflite", type=kind, example_inputs=torch.zeros(1, 48), out=tmp_path / "b"
+        )
+    assert not (tmp_path / "b").exists()
+
+
 def test_what_cannot_be_says_what_can(vit: Path, tmp_path: Path) -> None:
     onnx = export(vit, "onnx", bits=4, out=tmp_path / "onnx", receipt=False)
     with pytest.raises(UnsupportedModelError, match=r"com\.microsoft\.MatMulNBits"):
