@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.exporters import onnx_moved
 from edgekit.exporters.onnx_graph import Graph, attribute
 
 _THROUGH = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -25,14 +26,17 @@ _MOST = 1e4  # a factor beyond is that of a channel that is dead
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two Conv nodes, one behind the other."""
+    """Two Conv nodes, one behind the other, and the names of the values between them."""
 
     first: Any
     second: Any
+    between: tuple[str, ...]
 
 
 def apply(model: Any) -> int:
-    """Change ``model`` in place; how many pairs of convolutions were made alike."""
+    """Change ``model`` in place; how many pairs of convolutions were made alike. What lies between
+    them is something else then, and gets names of its own.
+    """
     graph = Graph(model)
     pairs = [pair for node in graph.nodes if (pair := _pair(graph, node))]
     if not pairs:
@@ -51,6 +55,7 @@ def apply(model: Any) -> int:
                 f"{name}/{node.name}/equalized", weights[name].astype(np.float32)
             )
     graph.finish()
+    onnx_moved.mark(model, {name for pair in pairs for name in pair.between})
     return len(pairs)
 
 
@@ -58,14 +63,16 @@ def _pair(graph: Graph, first: Any) -> _Pair | None:
     if first.op_type != "Conv" or not _own_weights(graph, first):
         return None
     value = first.output[0]
+    between = [value]
     while through := graph.only_taker(value, *_THROUGH):
         value = through.output[0]
+        between.append(value)
     second = graph.only_taker(value, "Conv")
     if second is None or second.input[0] != value or not _own_weights(graph, second):
         return None
     group = attribute(second, "group", 1)
     channels = graph.constant(first.input[1]).shape[0]
-    return _Pair(first, second) if group in (1, channels) else None
+    return _Pair(first, second, tuple(between)) if group in (1, channels) else None
 
 
 def _own_weights(graph: Graph, node: Any) -> bool:

@@ -12,7 +12,7 @@ import tiny_cnn
 from onnx import helper, numpy_helper
 
 from edgekit.exporter import no_progress
-from edgekit.exporters import onnx_equalization, onnx_quantizer
+from edgekit.exporters import onnx_equalization, onnx_moved, onnx_quantizer
 
 _SCALES = np.logspace(-2, 2, tiny_cnn.CHANNELS).astype(np.float32)
 _RELU, _LEAKY = ("Relu", {}), ("LeakyRelu", {"alpha": 0.1})
@@ -30,6 +30,18 @@ def test_the_function_stays_the_same(between: tuple[Any, ...], depthwise: bool) 
     ranges = [np.abs(each).max((1, 2, 3)) for each in (_weights(plain), _weights(equal))]
     spread = [each.max() / each.min() for each in ranges]
     assert spread[1] < 0.1 * spread[0]
+
+
+@pytest.mark.parametrize("between", [(), (_RELU, _POOL)])
+def test_scaled_values_have_names_of_their_own(between: tuple[Any, ...]) -> None:
+    """Or explaining a loss compares them with what they were, and calls the factors one."""
+    plain, equal = (tiny_cnn.chain(*between, scales=_SCALES) for _ in range(2))
+    onnx_equalization.apply(equal)
+    (feed,) = tiny_cnn.samples(1)
+    assert onnx_moved.between(plain, equal, feed) == set()
+    moved = [n for node in equal.graph.node for n in node.output if n.endswith(".moved")]
+    assert len(moved) == 1 + len(between)
+    assert [each.name for each in equal.graph.output] == [each.name for each in plain.graph.output]
 
 
 def _weights(model: Any) -> Any:
