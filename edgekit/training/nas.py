@@ -55,7 +55,7 @@ class NasSettings(classify.ClassifierSettings):
     the network that is chosen, and of the one drawn by hand.
     """
 
-    hours: float = setting(0.1, "of search, over all starts together")
+    hours: float = setting(0.4, "of search, over all starts together")
     workers: int = setting(1, "trials at a time, each on a thread of its own")
     board: str = setting("", "a device profile that tells the latency; empty: measured here")
     stages: int = setting(3, "of a network; each but the first halves the sides")
@@ -72,7 +72,7 @@ class NasSettings(classify.ClassifierSettings):
     )
     max_ms: float = setting(0.0, "slowest network that may be chosen; 0: any")
     baseline: bool = setting(True, "train a network that was drawn by hand too")
-    held_images: int = setting(4000, "of these, that the search judges by; none is trained on")
+    held_images: int = setting(2000, "of these, that the search judges by; none is trained on")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,7 +231,7 @@ class _Work:
         if not any(each.end == "complete" for each in found.trials()):
             raise TrainError(
                 f"not one trial came to its end in {self.settings.hours:g} hours",
-                hint="fewer trial_steps, fewer images or more hours, with another --out",
+                hint="fewer trial_steps, a higher slowest or more hours, with another --out",
             )
 
     def _work(self, worker: _proc.Worker, found: Search, until_s: float, most_ms: float) -> None:

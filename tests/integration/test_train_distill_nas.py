@@ -82,7 +82,7 @@ def test_a_teacher_of_other_images_is_refused(taught: Path, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "searched"
-    pairs = (f"data={pictures}", *TOY, *QUICK, *NAS, "hours=0.0017", "workers=1")
+    pairs = (f"data={pictures}", *TOY, *QUICK, *NAS, "hours=0.0017", "workers=1", "slowest=1.5")
     trained("nas", out, *pairs)
     return out
 
@@ -102,6 +102,17 @@ def test_a_search_ends_with_its_clock_and_leaves_study_table_and_picture(searche
     assert f"{len(rows)} trials" in told and "0.00 hours" in told
 
 
+def test_proposals_too_slow_to_be_chosen_are_not_trained(searched: Path) -> None:
+    body = json.loads((searched / "training.json").read_text())
+    by_hand = body["results"][1]["figures"]["convolutions_ms"]
+    with (searched / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    slow = [float(row["latency_ms"]) > 1.5 * by_hand for row in rows]
+    ends = [row["end"] == "pruned" and row["rungs"] == "0" for row in rows]
+    assert slow == ends
+    assert f"{sum(slow)} too slow to be worth training" in body["remarks"][0]
+
+
 def test_what_was_found_can_be_exported(searched: Path, tmp_path: Path) -> None:
     artifact = edgekit.export(searched, "onnx", type="F32", out=tmp_path / "found", receipt=False)
     assert artifact.manifest.source["kind"] == "run"
@@ -112,6 +123,10 @@ def test_a_search_in_which_nothing_ends_says_so(pictures: Path, tmp_path: Path) 
     pairs = [f"data={pictures}", *TOY, *QUICK, *NAS, "hours=1e-7"]
     with pytest.raises(TrainError, match="not one trial"):
         trained("nas", tmp_path / "out", *pairs)
+    pairs = [f"data={pictures}", *TOY, *QUICK, *NAS, "hours=0.0005", "slowest=1e-6"]
+    with pytest.raises(TrainError, match="not one trial") as caught:
+        trained("nas", tmp_path / "other", *pairs)
+    assert "slowest" in str(caught.value.hint)
 
 
 def test_a_board_that_nobody_knows_is_refused(pictures: Path, tmp_path: Path) -> None:
@@ -190,6 +205,8 @@ def _workers(parent: int) -> list[int]:
         ("nas", "hours=0"),
         ("nas", "widest=20"),
         ("nas", "rungs=0"),
+        ("nas", "slowest=0"),
+        ("distill", "student_images=-1"),
         ("nas", "keep=0"),
     ],
 )
