@@ -271,7 +271,7 @@ def _widths(config: Any) -> list[int]:
 RECIPE = Recipe(
     "distill",
     DistillSettings(
-        steps=800,
+        steps=1600,
         batch=128,
         lr=4e-3,
         ema=0.998,
