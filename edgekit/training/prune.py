@@ -65,7 +65,7 @@ class PruneSettings(classify.ClassifierSettings):
     blocks: tuple[int, ...] = setting((1, 1, 1), "blocks of each stage")
     expand: float = setting(1.0, "how many times as wide a block is inside")
     held_images: int = setting(2000, "of these, that choices are made by; none is trained on")
-    speedup: float = setting(2.15, "times as fast as the uncut network")
+    speedup: float = setting(2.1, "times as fast as the uncut network")
     board: str = setting("", "a device profile that tells the latency; empty: measured here")
     criterion: Literal["l1", "taylor", "bn", "activation"] = setting(
         "taylor", "what makes a channel matter"
