@@ -6,19 +6,26 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from training_data import digit_folder, picture_folder, prose
 
+from edgekit.training.catalogue import CATALOGUE
+
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = ROOT / "tests" / "training_forks.py"
 
 
-def forks(*arguments: str | Path | int) -> dict[str, Any]:
+def forks(*arguments: str | Path | int, timeout_s: int = 280) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, FORKS, *map(str, arguments)], capture_output=True, text=True, timeout=280
+        [sys.executable, FORKS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -32,7 +39,7 @@ def curve(path: Path) -> list[list[str]]:
 
 
 def killed_at_random_points(folder: Path, kills: int, recipe: str, *pairs: str) -> None:
-    found = forks("kill", folder, kills, 11, recipe, *pairs)
+    found = forks("kill", folder, kills, 11, recipe, *pairs, timeout_s=280 + 10 * kills)
     whole, cut = folder / "whole", folder / "cut"
     assert found["ends"].count(-9) == kills
     names, others = (
@@ -65,12 +72,6 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Pat
     killed_at_random_points(tmp_path, 2, "minimal", *toy_minimal(tmp_path))
 
 
-@pytest.mark.slow
-def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    pairs = [pair for pair in toy_minimal(tmp_path) if not pair.startswith("steps")]
-    killed_at_random_points(tmp_path, 20, "minimal", *pairs, "steps=600")
-
-
 def toy_tinyllama(folder: Path) -> list[str]:
     (folder / "prose.txt").write_text(prose())
     lines = [
@@ -84,28 +85,6 @@ def toy_tinyllama(folder: Path) -> list[str]:
     return [*data, *more, *last]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("experts", [0, 4])
-def test_three_kills_in_any_phase_of_tinyllama_change_nothing(tmp_path: Path, experts: int) -> None:
-    pairs = [*toy_tinyllama(tmp_path), f"experts={experts}"]
-    if experts:
-        pairs.append("optimizer=adamw")
-    killed_at_random_points(tmp_path, 3, "tinyllama", *pairs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "teach"), [("qlora", "answers"), ("lora", "preferences"), ("full", "answers")]
-)
-def test_kills_change_nothing_in_a_model_that_is_taught_anew(
-    tmp_path: Path, method: str, teach: str
-) -> None:
-    base = train_tinyllama(tmp_path)
-    pairs = (f"model={base}", f"data={tmp_path / 'pairs.jsonl'}", f"method={method}")
-    more = (f"teach={teach}", "steps=60", "lr=1e-2", "checkpoint_every=7", "threads=1")
-    killed_at_random_points(tmp_path, 3, "finetune", *pairs, *more, "latency=no", "ema=0.9")
-
-
 def train_tinyllama(folder: Path) -> Path:
     """The toy, trained in a process of its own: this one must not compute before it forks."""
     pairs = [f"--set={pair}" for pair in [*toy_tinyllama(folder), "steps=20", "pairs="]]
@@ -114,33 +93,6 @@ def train_tinyllama(folder: Path) -> Path:
     command = [sys.executable, "-m", "edgekit", "train", "tinyllama", *given.values()]
     subprocess.run([*command, "--out", str(base)], check=True, capture_output=True, timeout=280)
     return base
-
-
-@pytest.mark.slow
-def test_kills_change_nothing_in_a_student(tmp_path: Path) -> None:
-    base = train_tinyllama(tmp_path)
-    pairs = (f"model={base}", f"text={tmp_path / 'prose.txt'}", "layers=0.5", "inner=0.5")
-    more = ("length=64", "steps=40", "batch=8", "lr=3e-3", "held_tokens=1000", "threads=1")
-    last = ("checkpoint_every=7", "latency=no", "precision=fp32")
-    killed_at_random_points(tmp_path, 3, "distill-lm", *pairs, *more, *last)
-
-
-@pytest.mark.slow
-def test_kills_change_nothing_in_a_vision_transformer_s_many_runs(tmp_path: Path) -> None:
-    pictures = picture_folder(tmp_path / "pictures", each=40)
-    data = (f"data={pictures}", f"start_data={pictures}", "start_steps=30", "width=32", "layers=2")
-    more = ("patch=8", "examples=48", "seeds=1", "rates=1e-3,1e-2", "steps=20", "batch=16")
-    last = ("threads=1", "latency=no", "checkpoint_every=7")
-    killed_at_random_points(tmp_path, 3, "finetune-vit", *data, *more, *last)
-
-
-@pytest.mark.slow
-def test_three_kills_in_any_phase_of_vit_qat_change_nothing(tmp_path: Path) -> None:
-    pictures = picture_folder(tmp_path / "pictures", each=40)
-    size = ("side=8", "channels=1", "patch=2", "width=32", "depth=1", "heads=2", "hidden=64")
-    more = ("steps=60", "tune_steps=60", "batch=16", "calibration=32", "checkpoint_every=7")
-    last = ("eval_every=20", "formats=w4a4,w3a3", "threads=1", "latency=no")
-    killed_at_random_points(tmp_path, 3, "vit-qat", f"data={pictures}", *size, *more, *last)
 
 
 OTHERS = {
@@ -156,37 +108,98 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", OTHERS)
-def test_three_kills_change_nothing_of_the_others(tmp_path: Path, recipe: str) -> None:
-    digits = digit_folder(tmp_path / "digits")
-    more = ("steps=60", "batch=16", "checkpoint_every=7", "eval_every=20", "threads=1")
-    pairs = (f"data={digits}", *OTHERS[recipe], *more, "latency=no")
-    killed_at_random_points(tmp_path, 3, recipe, *pairs)
+# Each recipe, killed
+
+KILLS = 20
+LAST = ("threads=1", "latency=no", "checkpoint_every=7")
+
+
+def pictures_in(folder: Path) -> str:
+    return f"data={picture_folder(folder / 'pictures', each=40)}"
+
+
+def minimal(folder: Path) -> list[str]:
+    return [*toy_minimal(folder), "steps=600"]
+
+
+def tinyllama(folder: Path, more: Sequence[str] = ()) -> list[str]:
+    return [*toy_tinyllama(folder), *more]
+
+
+def finetune(folder: Path, more: Sequence[str]) -> list[str]:
+    base = train_tinyllama(folder)
+    pairs = (f"model={base}", f"data={folder / 'pairs.jsonl'}", "steps=60", "lr=1e-2", "ema=0.9")
+    return [*pairs, *LAST, *more]
+
+
+def cut_llama(folder: Path, more: Sequence[str] = ()) -> list[str]:
+    base = train_tinyllama(folder)
+    pairs = (f"model={base}", f"text={folder / 'prose.txt'}", "layers=0.5", "inner=0.5")
+    toy = ("length=64", "steps=40", "batch=8", "lr=3e-3", "held_tokens=1000", "precision=fp32")
+    return [*pairs, *toy, *LAST, *more]
+
+
+def finetune_vit(folder: Path) -> list[str]:
+    data = pictures_in(folder)
+    toy = ("start_steps=30", "width=32", "layers=2", "patch=8", "examples=48", "seeds=1")
+    return [data, f"start_{data}", *toy, "rates=1e-3,1e-2", "steps=20", "batch=16", *LAST]
+
+
+def vit_qat(folder: Path) -> list[str]:
+    size = ("side=8", "channels=1", "patch=2", "width=32", "depth=1", "heads=2", "hidden=64")
+    more = ("steps=60", "tune_steps=60", "batch=16", "calibration=32", "eval_every=20")
+    return [pictures_in(folder), *size, *more, "formats=w4a4,w3a3", *LAST]
+
+
+def of_digits(folder: Path, recipe: str) -> list[str]:
+    more = ("steps=60", "batch=16", "eval_every=20")
+    return [f"data={digit_folder(folder / 'digits')}", *OTHERS[recipe], *more, *LAST]
+
+
+def of_residual_networks(folder: Path, more: Sequence[str]) -> list[str]:
+    return [*toy_minimal(folder), "widths=8,12", "steps=120", *more]
+
+
+KILLED: dict[str, Callable[[Path], list[str]]] = {
+    "minimal": minimal,
+    "tinyllama": tinyllama,
+    "tinyllama of experts": partial(tinyllama, more=("experts=4", "optimizer=adamw")),
+    "finetune qlora": partial(finetune, more=("method=qlora",)),
+    "finetune preferences": partial(finetune, more=("teach=preferences",)),
+    "finetune full": partial(finetune, more=("method=full",)),
+    "distill-lm": cut_llama,
+    "prune-lm": partial(cut_llama, more=("methods=wanda,width,depth", "tune=yes")),
+    "finetune-vit": finetune_vit,
+    "vit-qat": vit_qat,
+    **{recipe: partial(of_digits, recipe=recipe) for recipe in OTHERS},
+    "prune": partial(
+        of_residual_networks,
+        more=("tune_steps=80", "rounds=2", "chunk=2", "board=rpi5", "held_images=8", "speedup=2"),
+    ),
+    "distill": partial(
+        of_residual_networks,
+        more=(
+            *("teacher_steps=150", "held_images=8", "features=1", "attention=1"),
+            "student_images=20",
+        ),
+    ),
+}
+# It ends after hours, not steps: tests/integration/test_train_distill_nas.py kills it.
+BY_THE_CLOCK = {"nas"}
+
+
+def test_each_recipe_is_killed_in_some_test() -> None:
+    assert {case.partition(" ")[0] for case in KILLED} | BY_THE_CLOCK == set(CATALOGUE)
 
 
 @pytest.mark.slow
-def test_kills_between_cuts_and_in_tuning_change_nothing(tmp_path: Path) -> None:
-    toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
-    more = ("widths=8,12", "steps=120", "tune_steps=80", "rounds=2", "chunk=2", "board=rpi5")
-    killed_at_random_points(tmp_path, 6, "prune", *toy, *more, "held_images=8", "speedup=2")
+@pytest.mark.parametrize("case", KILLED)
+def test_twenty_kills_change_nothing(tmp_path: Path, case: str) -> None:
+    pairs = once(KILLED[case](tmp_path))
+    killed_at_random_points(tmp_path, KILLS, case.partition(" ")[0], *pairs)
 
 
-@pytest.mark.slow
-def test_kills_change_nothing_in_a_language_model_that_is_pruned(tmp_path: Path) -> None:
-    base = train_tinyllama(tmp_path)
-    pairs = (f"model={base}", f"text={tmp_path / 'prose.txt'}", "layers=0.5", "inner=0.5")
-    more = ("methods=wanda,width,depth", "tune=yes", "steps=40", "batch=8", "lr=3e-3")
-    last = ("length=64", "held_tokens=1000", "threads=1", "checkpoint_every=7", "latency=no")
-    killed_at_random_points(tmp_path, 4, "prune-lm", *pairs, *more, *last, "precision=fp32")
-
-
-@pytest.mark.slow
-def test_kills_of_teacher_and_students_change_nothing(tmp_path: Path) -> None:
-    toy = [pair for pair in toy_minimal(tmp_path) if not pair.startswith(("widths", "steps"))]
-    more = ("widths=8,12", "teacher_steps=150", "steps=120", "held_images=8")
-    more += ("features=1", "attention=1", "student_images=20")
-    killed_at_random_points(tmp_path, 6, "distill", *toy, *more)
+# Several processes
 
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
