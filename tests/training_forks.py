@@ -2,6 +2,7 @@
 
     python training_forks.py kill OUT KILLS SEED RECIPE KEY=VALUE...   a run killed KILLS times
     python training_forks.py spread OUT       points on one process, two copies, two shards
+    python training_forks.py commands OUT     how the commands end whose arguments stdin has as JSON
     python training_forks.py join OUT WAY,WAY... RECIPE KEY=VALUE...   one, two copies, two shards
 
 Prints one JSON line. It never computes before it forks, for threads do not survive that.
@@ -83,6 +84,57 @@ def many(processes: int, work: Callable[[], None]) -> list[int]:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     env |= {"LOCAL_WORLD_SIZE": str(processes)}
     return [forked(work, **env, RANK=str(n), LOCAL_RANK=str(n)) for n in range(processes)]
+
+
+def commands(place: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How ``edgekit ARGUMENTS`` ends, one after the other in the folder ``place``: its exit code,
+    and what it printed. ``checkpoints`` is how many find room before the disk is full.
+    """
+    from edgekit.cli import main
+    from edgekit.registry import RECIPES
+
+    for case in cases:
+        if case["arguments"][1] in RECIPES:
+            RECIPES.load(case["arguments"][1])
+    texts = [place / "stdout.txt", place / "stderr.txt"]
+
+    def command(case: dict[str, Any]) -> None:
+        for stream, path in zip((sys.stdout, sys.stderr), texts, strict=True):
+            stream.flush()
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+        os.chdir(place)
+        sys.argv = ["edgekit", *case["arguments"]]
+        if "checkpoints" in case:
+            fill_the_disk(case["checkpoints"])
+        try:
+            main()
+        except SystemExit as end:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(int(end.code or 0))
+
+    found = []
+    for case in cases:
+        code = ended(forked(partial(command, case)))
+        stdout, stderr = (path.read_text() for path in texts)
+        found.append({"code": code, "stdout": stdout, "stderr": stderr})
+    return found
+
+
+def fill_the_disk(checkpoints: int) -> None:
+    """After so many checkpoints there is no room for another."""
+    from edgekit import _fs
+    from edgekit.training import checkpoint
+
+    saved, free = [], _fs.free_bytes
+    save = checkpoint.save
+
+    def counted(*given: Any, **more: Any) -> None:
+        save(*given, **more)
+        saved.append(1)
+
+    checkpoint.save = counted
+    _fs.free_bytes = lambda path: free(path) if len(saved) < checkpoints else 1000
 
 
 WAYS = {"one": ("data", 1), "copies": ("data", 2), "shards": ("fsdp", 2)}
@@ -178,8 +230,11 @@ def spread(out: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     verb, place, *rest = sys.argv[1:]
+    answer: Any
     if verb == "kill":
         answer = kill(Path(place), int(rest[0]), int(rest[1]), rest[2], rest[3:])
+    elif verb == "commands":
+        answer = commands(Path(place), json.load(sys.stdin))
     elif verb == "join":
         answer = join(Path(place), rest[0].split(","), rest[1], rest[2:])
     else:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgekit import _fs, network_folder
-from edgekit.errors import RecipeError
+from edgekit.errors import DataError, RecipeError
 from edgekit.network_folder import Network
 from edgekit.training import checkpoint, deploy, image_judge, images
 from edgekit.training.images import Images
@@ -182,6 +182,8 @@ def run(run: Run, settings: DiffusionSettings) -> TrainingReport:
     data = images.load(settings.data, side=settings.side, channels=settings.channels)
     if any(side % 2 for side in data.shape[1:]):
         raise RecipeError(f"{data.shape[1:]} pixels cannot be halved")
+    if len(data.test) < 2:  # features of one have no covariance
+        raise DataError(f"{settings.data} has one image to judge by", hint="more images")
     train = data.train.share(settings.train_images)
     config: dict[str, Any] = {
         "channels": data.shape[0],

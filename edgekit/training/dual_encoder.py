@@ -83,7 +83,10 @@ def run(run: Run, settings: DualEncoderSettings) -> TrainingReport:
     """Train the pair of encoders, and the baseline; write the first with the report of both."""
     digits = images.load(settings.data, side=28, channels=1)
     if len(digits.labels) != len(captioned_digits.DIGITS):
-        raise DataError(f"{settings.data} has {len(digits.labels)} classes, the digits are 10")
+        raise DataError(
+            f"{settings.data} has {len(digits.labels)} classes, the digits are 10",
+            hint="mnist, or a folder with one folder a digit",
+        )
     unseen = captioned_digits.unseen()
     train = Scenes(
         digits.train, settings.scenes, side=settings.side, seed=settings.seed, allowed=~unseen

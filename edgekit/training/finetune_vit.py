@@ -11,7 +11,7 @@ in every linear layer (Hu et al. 2022); "adapter" two small networks a block (Ho
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -124,12 +124,13 @@ def _with_bottlenecks(vit: Any, inner: int) -> Any:
 
 def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
     """Train a first model or open one, teach it by each method, compare."""
-    start = _start(run, settings)
-    channels, side = start.config["num_channels"], start.config["image_size"]
+    config, started = _start(settings)
+    channels, side = config["num_channels"], config["image_size"]
     data = images.load(settings.data, side=side, channels=channels)
     if data.shape != (channels, side, side):
-        raise DataError(f"{settings.data} has images of {data.shape}, {start.name} sees {side}")
+        raise DataError(f"{settings.data} has images of {data.shape}, the first model sees {side}")
     train, tried, validation = _examples(data.train, settings.examples)
+    start = started(run)  # minutes: what is wrong with the data has been told before
     test = data.test.share(settings.test_images)
     hits: dict[str, list[list[bool]]] = {}
     best: dict[str, tuple[float, Fitted]] = {}
@@ -186,13 +187,15 @@ class _Start:
     state: dict[str, torch.Tensor]
 
 
-def _start(run: Run, settings: FinetuneVitSettings) -> _Start:
+def _start(settings: FinetuneVitSettings) -> tuple[dict[str, Any], Callable[[Run], _Start]]:
+    """The config of the first model, and what opens or trains it."""
     if settings.model:
         found = source(settings.model)
         if found.kind != "hf" or found.family != "vit":
             raise DataError(f"{settings.model} is no ViT", hint="a Hugging Face folder of a ViT")
         vit = pretrained.model(found, _CLASS)
-        return _Start(settings.model, vit.config.to_dict(), vit.state_dict())
+        opened = _Start(settings.model, vit.config.to_dict(), vit.state_dict())
+        return opened.config, lambda run: opened
     data = images.load(settings.start_data)
     channels, side, _ = data.shape
     if side % settings.patch:
@@ -207,6 +210,12 @@ def _start(run: Run, settings: FinetuneVitSettings) -> _Start:
         "num_channels": channels,
         "num_labels": len(data.labels),
     }
+    return config, lambda run: _trained(run, settings, data, config)
+
+
+def _trained(
+    run: Run, settings: FinetuneVitSettings, data: Labelled, config: Mapping[str, Any]
+) -> _Start:
     torch.manual_seed(settings.seed)
     network = Logits(transformers.ViTForImageClassification(transformers.ViTConfig(**config)))
     loss = classify.loss_of(data, smoothing=0.1, shift=2, flip=True)
@@ -228,7 +237,10 @@ def _examples(train: Images, count: int) -> tuple[Images, Images, Images]:
         return Images(train.pixels[numbers], train.classes[numbers])
 
     if len(chosen) <= _VALIDATED:
-        raise DataError(f"{len(chosen)} examples are too few")
+        raise DataError(
+            f"{len(chosen)} examples are too few: each {_VALIDATED}th judges the learning rates",
+            hint="more images, or a larger examples",
+        )
     return of(chosen), of(chosen[~held]), of(chosen[held])
 
 

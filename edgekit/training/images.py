@@ -61,7 +61,10 @@ class Images:
     def parted(self, count: int) -> tuple[Images, Images]:
         """All but ``count`` of them, and these, which are spread evenly. Raises DataError."""
         if not 0 < count < len(self):
-            raise DataError(f"of {len(self)} images {count} cannot be held back")
+            raise DataError(
+                f"of {len(self)} images {count} cannot be held back",
+                hint="more images, or a smaller held_images",
+            )
         away = torch.zeros(len(self), dtype=torch.bool)
         away[torch.arange(count) * len(self) // count] = True
         parts = [Images(self.pixels[chosen], self.classes[chosen]) for chosen in (~away, away)]
@@ -176,7 +179,10 @@ def _folder(folder: Path, side: int, channels: int) -> Labelled:
     if not halves:
         return _split(*_read(folder, labels, side, channels), labels)
     if other := set(_classes(parts[1])) - set(labels):
-        raise DataError(f"{parts[1]} has classes that {parts[0]} has not: {sorted(other)[0]!r}")
+        raise DataError(
+            f"{parts[1]} has classes that {parts[0]} has not: {sorted(other)[0]!r}",
+            hint="rename that folder, or remove it",
+        )
     train, test = (Images(*_read(part, labels, side, channels)) for part in parts)
     return _labelled(train, test, labels)
 
@@ -244,7 +250,10 @@ def _labelled(train: Images, test: Images, labels: tuple[str, ...]) -> Labelled:
     counts = torch.bincount(train.classes, minlength=len(labels))
     if int(counts.min()) < _FEWEST:
         label = labels[int(counts.argmin())]
-        raise DataError(f"the class {label!r} has {int(counts.min())} images to train on")
+        raise DataError(
+            f"the class {label!r} has {int(counts.min())} images to train on",
+            hint=f"{_FEWEST} at least ({', '.join(_SUFFIXES)}), or remove its folder",
+        )
     every = train.pixels.float() / 255
     std = every.std(dim=(0, 2, 3)).clamp(min=1e-3)
     return Labelled(train, test, labels, _numbers(every.mean(dim=(0, 2, 3))), _numbers(std))

@@ -5,6 +5,7 @@ Knows files, tokens and pairs of question and answer; never a model.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,10 @@ def json_lines(
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(
+            f"cannot read {path}: {error.strerror}",
+            hint="a file of JSON lines, or prose, which benchmarks/train/fetch gets",
+        ) from None
     for number, line in enumerate(lines[: limit or None], 1):
         try:
             body = json_file.parse(line)
@@ -214,7 +218,10 @@ def json_lines(
                 raise Malformed(f"has no texts {' and '.join(keys)}")
             found.append(tuple(map(str, values)))
         except Malformed as error:
-            raise DataError(f"{path}: line {number} {error}") from None
+            raise DataError(
+                f"{path}: line {number} {error}",
+                hint=f"each line has {json.dumps(dict.fromkeys(keys, '...'))}",
+            ) from None
     held = found[_HELD_EVERY - 1 :: _HELD_EVERY]
     if not held:
         raise DataError(f"{path} has {len(found)} pairs", hint=f"at least {_HELD_EVERY}")
