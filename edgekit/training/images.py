@@ -1,4 +1,4 @@
-"""Labelled images to train on: Fashion-MNIST, MNIST's digits, or a folder with one folder a class.
+"""Labelled images to train on: Fashion-MNIST, MNIST's digits, or a folder of images.
 
 Knows where they lie and how they become bytes; never a network. Every file is read before training
 starts, so that a broken one is told then, by its name.
@@ -17,6 +17,7 @@ from edgekit.errors import DataError, DoesNotFitError, EdgekitError, UsageError
 from edgekit.formats import idx, json_file
 from edgekit.preprocess import ImageSteps
 from edgekit.registry import did_you_mean
+from edgekit.training import arrow_folder
 from edgekit.training.trainer import Batch
 
 FASHION_LABELS = (
@@ -108,8 +109,9 @@ class Labelled:
 
 def load(data: str, *, side: int = 32, channels: int = 3) -> Labelled:
     """``data`` is "fashion-mnist" (60,000 + 10,000), "mnist" (8,000 + 2,000 digits), or a folder:
-    in ``train`` and ``test``, or, where these are missing, in itself, one folder a class; of the
-    latter each fifth image is held out. A folder's images become ``side`` x ``side``.
+    in ``train`` and ``test``, or, where these are missing, in itself, one folder a class, or a data
+    set of Hugging Face with an Image and a ClassLabel for each row; where nothing is there to test
+    on, each fifth image is held out. A folder's images become ``side`` x ``side``.
 
     Raises DataError for what is missing, empty, broken or labelled wrongly, DoesNotFitError for a
     folder larger than the memory.
@@ -124,6 +126,8 @@ def load(data: str, *, side: int = 32, channels: int = 3) -> Labelled:
             f"there are no data {data!r:.80}",
             hint=f"name a folder, or: {did_you_mean(data, ['fashion-mnist', 'mnist'])}",
         )
+    if arrow_folder.is_one(folder):
+        return _rows(folder, side, channels)
     return _folder(folder, side, channels)
 
 
@@ -187,6 +191,27 @@ def _folder(folder: Path, side: int, channels: int) -> Labelled:
     return _labelled(train, test, labels)
 
 
+def _rows(folder: Path, side: int, channels: int) -> Labelled:
+    """A data set of Hugging Face, on disk."""
+    halves = [each for each in arrow_folder.halves(folder) if each]
+    named = [each.classes() for each in halves]
+    if any(labels != named[0][1] for _, labels in named):
+        raise DataError(f"the parts of {folder} have other classes")
+    parts = [
+        (
+            _pixels(
+                [(f"{each.folder}, row {n}", one) for n, one in enumerate(each.pictures())],
+                *(side, channels),
+            ),
+            torch.tensor(classes),
+        )
+        for each, (classes, _) in zip(halves, named, strict=True)
+    ]
+    if len(parts) == 1:
+        return _split(*parts[0], named[0][1])
+    return _labelled(Images(*parts[0]), Images(*parts[1]), named[0][1])
+
+
 def _classes(folder: Path) -> tuple[str, ...]:
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(found) < 2:
@@ -205,6 +230,12 @@ def _read(
         for path in sorted((folder / label).glob("*"))
         if path.suffix.lower() in _SUFFIXES
     ]
+    pixels = _pixels([(str(path), path) for path, _ in files], side, channels)
+    return pixels, torch.tensor([number for _, number in files])
+
+
+def _pixels(files: Sequence[tuple[str, Path | bytes]], side: int, channels: int) -> torch.Tensor:
+    """uint8 [files, channels, side, side] of images with their names, as files or as bytes."""
     needed, free = len(files) * channels * side * side, _free_bytes()
     if needed > free:
         raise DoesNotFitError(
@@ -218,12 +249,13 @@ def _read(
         std=(1.0,) * channels,
     )
     pixels = torch.empty(len(files), channels, side, side, dtype=torch.uint8)
-    for at, (path, _) in enumerate(files):
+    for at, (name, file) in enumerate(files):
         try:
-            pixels[at] = torch.from_numpy(image_input.tensor(path, steps)[0]).round().byte()
+            pixels[at] = torch.from_numpy(image_input.tensor(file, steps)[0]).round().byte()
         except UsageError as error:
-            raise DataError(error.message, hint="remove it, or mend it") from None
-    return pixels, torch.tensor([number for _, number in files])
+            told = error.message if isinstance(file, Path) else f"{name}: {error.message}"
+            raise DataError(told, hint="remove it, or mend it") from None
+    return pixels
 
 
 def _free_bytes() -> int:

@@ -20,6 +20,7 @@ from edgekit import _fs
 from edgekit.errors import DataError
 from edgekit.formats import json_file
 from edgekit.formats.foreign import Malformed
+from edgekit.training import arrow_folder
 from edgekit.training.trainer import Batch
 
 END, USER, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -44,19 +45,26 @@ class Texts:
 
 
 def read(spec: str) -> Texts:
-    """``spec`` is a UTF-8 text, a folder of ``*.txt``, or the name of a folder in the cache, as
+    """``spec`` is a UTF-8 text, a folder of ``*.txt``, a data set of Hugging Face with a column
+    "text" (of which the part "train" is read), or the name of a folder in the cache, as
     ``benchmarks/train/fetch`` makes them ("prose"). Raises DataError.
     """
     path = Path(spec).expanduser()
     if not path.exists() and spec.isidentifier():
         path = _fs.home("cache") / "data" / spec
+    if arrow_folder.is_one(path):
+        rows, _ = arrow_folder.halves(path)
+        return _parted(spec, list(_cut("\n".join(rows.texts("text")))))
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise DataError(
             f"there is no text {spec!r:.80}",
             hint="a .txt file, a folder of them, or prose, which benchmarks/train/fetch gets",
         )
-    blocks = [block for file in files for block in _blocks(file)]
+    return _parted(spec, [block for file in files for block in _blocks(file)])
+
+
+def _parted(spec: str, blocks: list[str]) -> Texts:
     held = blocks[_HELD_EVERY - 1 :: _HELD_EVERY]
     train = [b for n, b in enumerate(blocks) if n % _HELD_EVERY != _HELD_EVERY - 1]
     if not held:
@@ -74,6 +82,10 @@ def _blocks(file: Path) -> Iterator[str]:
         raise DataError(f"{file} is not UTF-8 at byte {error.start}", hint="convert it") from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
+    yield from _cut(text)
+
+
+def _cut(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = text.find("\n", start + _BLOCK_CHARS)
@@ -199,10 +211,22 @@ def pairs(path: Path, limit: int = 0) -> tuple[list[Pair], list[Pair]]:
 def json_lines(
     path: Path, keys: tuple[str, ...], limit: int = 0
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """The texts that at most ``limit`` lines (all for 0) have at ``keys``: to train on, and each
-    fortieth, which is held out. Raises DataError.
+    """The texts that at most ``limit`` lines (all for 0) have at ``keys``, or rows of a data set of
+    Hugging Face: to train on, and each fortieth, which is held out. Raises DataError.
     """
-    found = []
+    if arrow_folder.is_one(path):
+        rows, _ = arrow_folder.halves(path)
+        columns = [rows.texts(key)[: limit or None] for key in keys]
+        found = list(zip(*columns, strict=True))
+    else:
+        found = list(_lines(path, keys, limit))
+    held = found[_HELD_EVERY - 1 :: _HELD_EVERY]
+    if not held:
+        raise DataError(f"{path} has {len(found)} pairs", hint=f"at least {_HELD_EVERY}")
+    return [p for n, p in enumerate(found) if n % _HELD_EVERY != _HELD_EVERY - 1], held
+
+
+def _lines(path: Path, keys: tuple[str, ...], limit: int) -> Iterator[tuple[str, ...]]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -216,16 +240,12 @@ def json_lines(
             values = [body.get(key) if isinstance(body, dict) else None for key in keys]
             if not all(isinstance(value, str) and value for value in values):
                 raise Malformed(f"has no texts {' and '.join(keys)}")
-            found.append(tuple(map(str, values)))
+            yield tuple(map(str, values))
         except Malformed as error:
             raise DataError(
                 f"{path}: line {number} {error}",
                 hint=f"each line has {json.dumps(dict.fromkeys(keys, '...'))}",
             ) from None
-    held = found[_HELD_EVERY - 1 :: _HELD_EVERY]
-    if not held:
-        raise DataError(f"{path} has {len(found)} pairs", hint=f"at least {_HELD_EVERY}")
-    return [p for n, p in enumerate(found) if n % _HELD_EVERY != _HELD_EVERY - 1], held
 
 
 def named(spec: str, file: str) -> Path:

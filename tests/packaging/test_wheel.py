@@ -19,7 +19,7 @@ from edgekit.errors import DISTRIBUTION, MissingExtraError
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("edgekit", "exporters", "runtimes", "devices")
 EXTRAS = {"llama", "ort", "tflite", "export", "onnx", "openvino"}
-EXTRAS |= {"train", "finetune", "serve", "plot", "all"}
+EXTRAS |= {"train", "finetune", "datasets", "serve", "plot", "all"}
 TOO_LARGE = {"tflite-convert"}  # for `all`
 
 
