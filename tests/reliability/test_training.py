@@ -193,6 +193,7 @@ def test_each_recipe_is_killed_in_some_test() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", KILLED)
 def test_twenty_kills_change_nothing(tmp_path: Path, case: str) -> None:
     pairs = once(KILLED[case](tmp_path))
