@@ -112,6 +112,32 @@ def test_the_front_of_sizes_is_a_table_and_a_picture(pictures: Path, tmp_path: P
     assert again.stdout == done.stdout
 
 
+def test_runs_of_several_seeds_become_a_table_of_means_and_ranges(
+    pictures: Path, tmp_path: Path
+) -> None:
+    def run_of(seed: int, steps: int) -> float:
+        pairs = [f"data={pictures}", *TOY, f"seed={seed}", f"steps={steps}", "baseline=no"]
+        out = tmp_path / f"seed-{seed}" / "bars"
+        body = train("minimal", pairs, out, resume=False, say=lambda status: None)
+        return float(body["results"][0]["figures"]["loss"])
+
+    losses = [run_of(seed, 20) for seed in range(3)]
+    assert len(set(losses)) == 3
+    done = seeds_of(*tmp_path.glob("seed-*"))
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| shift |")]
+    spread = f"{sum(losses) / 3:.4g} [{min(losses):.4g}, {max(losses):.4g}]"
+    assert spread in row
+    run_of(3, 10)
+    done = seeds_of(tmp_path / "seed-0", tmp_path / "seed-3")
+    assert done.returncode == 2 and "steps 20 -> 10" in done.stderr
+
+
+def seeds_of(*folders: Path) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "seeds.py"
+    return subprocess.run([sys.executable, script, *folders], capture_output=True, text=True)
+
+
 def test_a_gguf_of_such_a_folder_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgekitError) as caught:
         edgekit.export(run, "gguf", out=tmp_path / "gguf")
