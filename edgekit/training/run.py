@@ -133,8 +133,16 @@ class Run:
                 for each, settings in self._fitted
             ),
             results=tuple(results),
-            remarks=tuple(remarks),
+            remarks=(*remarks, *self._stopped_early()),
         )
+
+    def _stopped_early(self) -> list[str]:
+        return [
+            f"{each.name} ended after {each.steps:,} of {settings.steps:,} steps:"
+            f" {settings.patience} evaluations without a better loss; it has the best one's weights"
+            for each, settings in self._fitted
+            if each.steps < settings.steps
+        ]
 
 
 @contextmanager

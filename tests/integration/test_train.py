@@ -112,6 +112,14 @@ def test_the_front_of_sizes_is_a_table_and_a_picture(pictures: Path, tmp_path: P
     assert again.stdout == done.stdout
 
 
+def test_a_run_that_ends_early_says_so(pictures: Path, tmp_path: Path) -> None:
+    pairs = [f"data={pictures}", *TOY, "steps=400", "eval_every=5", "patience=1", "baseline=no"]
+    body = train("minimal", [*pairs, "lr=0.1", "threads=1"], tmp_path / "out", resume=False,
+                 say=lambda status: None)  # fmt: skip
+    steps = body["phases"][0]["steps"]
+    assert steps < 400 and f"shift ended after {steps} of 400 steps" in body["remarks"][-1]
+
+
 def test_runs_of_several_seeds_become_a_table_of_means_and_ranges(
     pictures: Path, tmp_path: Path
 ) -> None:
