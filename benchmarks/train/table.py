@@ -4,17 +4,20 @@
 
 Rows are the results of the runs' training.json, in their order; one that an earlier run has too
 ("before", a teacher) stands once. The first row of a run, which is its model, and rows that are
-named as a training have that training's seconds and speed.
+named as a training have that training's seconds and speed. Runs of finetune that were judged by the
+same lines are compared with the first one, line by line.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from dataclasses import replace
 from pathlib import Path
 
 from edgekit.cli.ending import ending
-from edgekit.training import report
+from edgekit.training import bootstrap, report
+from edgekit.training.finetune import HELD
 from edgekit.training.report import Result, TrainingReport
 
 
@@ -29,10 +32,32 @@ def timed(body: TrainingReport) -> list[Result]:
     return found
 
 
+def held_out(run: Path) -> tuple[list[float], list[float]]:
+    """What each line held out costs before training, and after it."""
+    with (run / HELD).open() as file:
+        rows = [(float(row["before"]), float(row["after"])) for row in csv.DictReader(file)]
+    return [before for before, _ in rows], [after for _, after in rows]
+
+
+def compared(runs: list[Path]) -> list[str]:
+    """How much the other runs end above the first one; empty where lines or figures differ."""
+    (before, first), *others = [held_out(run) for run in runs]
+    found = []
+    for run, (same, after) in zip(runs[1:], others, strict=True):
+        if same == before:
+            gain = bootstrap.paired(after, first)
+            found.append(
+                f"{run.name} less {runs[0].name}: {gain.value:+.3f} [{gain.low:+.3f},"
+                f" {gain.high:+.3f}] (95%, paired bootstrap over {len(first)} lines)"
+            )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    bodies = [report.parse(report.read(run)) for run in parser.parse_args().runs]
+    runs = parser.parse_args().runs
+    bodies = [report.parse(report.read(run)) for run in runs]
     rows: list[Result] = []
     for row in (row for body in bodies for row in timed(body)):
         if row not in rows:
@@ -42,6 +67,8 @@ def main() -> None:
     for body in bodies:
         where = body.machine.cpu or body.machine.architecture
         print(f"{body.recipe}, {body.settings['steps']} steps, {body.taken_at}, {where}")
+    if all((run / HELD).is_file() for run in runs):
+        print("\n".join(compared(runs)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Adapter:
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the matrices."""
+        return sum(each.numel() * each.element_size() for each in self.tensors.values())
+
     def write(self, folder: Path) -> None:
         """As a folder that peft and ``edgekit export --adapter`` read."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from edgekit.errors import RecipeError
 from edgekit.formats import json_file
 from edgekit.training import (
     adapters,
+    bootstrap,
     checkpoint,
     deploy,
     four_bit,
@@ -35,6 +36,7 @@ from edgekit.training.run import Run, strictly_repeatable
 from edgekit.training.settings import Settings, setting
 from edgekit.training.trainer import Batch, Data, Loss, Task
 
+HELD = "held-out.csv"  # what the model thinks of each held-out line, before and after
 _CLASS = "AutoModelForCausalLM"
 _OUTPUT = "lm_head"
 
@@ -66,17 +68,28 @@ class FinetuneSettings(Settings):
 
 
 @dataclass(frozen=True)
+class _Judged:
+    """Figures on the lines held out, and one for each line: their mean is a figure too."""
+
+    figures: dict[str, float]
+    lines: list[float]
+
+
+@dataclass(frozen=True)
 class _Subject:
     """What is taught, and how it is judged. ``prepare(model, name)`` sees a model as it is before
-    it is trained, under a name.
+    it is trained, under a name; ``figure`` is the one that each line held out has; a sample is of
+    ``tokens`` in the mean.
     """
 
     data: Data
     loss: Loss
-    judge: Callable[[torch.nn.Module], dict[str, float]]
+    judge: Callable[[torch.nn.Module], _Judged]
     terms: Callable[[Batch], torch.Tensor]
     unit: str
     prepare: Callable[[torch.nn.Module, str], None]
+    figure: str
+    tokens: float
 
 
 def run(run: Run, settings: FinetuneSettings) -> TrainingReport:
@@ -87,10 +100,10 @@ def run(run: Run, settings: FinetuneSettings) -> TrainingReport:
     subject = teach(run, settings, chats)
     model: Any = pretrained.model(found, _CLASS).to(run.accelerator.device)
     subject.prepare(model, "floats")
+    first = _judged(run, subject, model)
     before = Result(
         "before",
-        {"parameters": float(_count(model)), "weights_bytes": float(_bytes(model))}
-        | _judged(run, subject, model),
+        {"parameters": float(_count(model)), "weights_bytes": float(_bytes(model))} | first.figures,
     )
     torch.manual_seed(settings.seed)
     if settings.method == "qlora":
@@ -103,14 +116,18 @@ def run(run: Run, settings: FinetuneSettings) -> TrainingReport:
     with strictly_repeatable():
         fitted = run.fit(
             Task(
-                *("finetune", model, subject.data, subject.loss, subject.judge, subject.terms),
+                *("finetune", model, subject.data, subject.loss),
+                lambda model: subject.judge(model).figures,
+                subject.terms,
                 unit=subject.unit,
             ),
             settings,
         )
+    trained["training_tok_s"] = fitted.per_s * subject.tokens
     results, remarks = [before], [_about(settings)]
     state: dict[str, torch.Tensor] = {}
     adapter: adapters.Adapter | None = None
+    last = first
     if run.main:
         if settings.method == "qlora" or run.shards:
             # Adapters go into the floats that the codes are of, and weights into a whole model.
@@ -120,22 +137,22 @@ def run(run: Run, settings: FinetuneSettings) -> TrainingReport:
         model.load_state_dict(_trained_part(model, fitted.state), strict=False)
         if settings.method != "full":
             adapter = adapters.taken_from(model, settings.model)
+            trained["adapter_bytes"] = float(adapter.size_bytes)
             model = model.merge_and_unload()
         model = model.to(run.accelerator.device).eval()
-        figures = fitted.figures
-        if settings.method != "full":
-            with torch.no_grad():
-                figures = subject.judge(model)
-        results.insert(0, Result(settings.method, trained | figures))
+        last = subject.judge(model)
+        results.insert(0, Result(settings.method, trained | last.figures))
         state = pretrained.state_of(model)
         if settings.method == "qlora":
             remarks.append(
                 f"loss on the weights of four bits {fitted.figures['loss']:.4f}, after merging"
-                f" into the floats {figures['loss']:.4f}"
+                f" into the floats {last.figures['loss']:.4f}"
             )
+        remarks.append(_gain(subject.figure, first, last))
 
     def fill(folder: Path) -> None:
         pretrained.write(folder, found, state)
+        _fs.write_atomic(folder / HELD, _table(first, last).encode())
         if adapter:
             adapter.write(folder / "adapter")
 
@@ -162,15 +179,26 @@ def _bytes(model: torch.nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in held.values())
 
 
-def _judged(run: Run, subject: _Subject, model: torch.nn.Module) -> dict[str, float]:
+def _judged(run: Run, subject: _Subject, model: torch.nn.Module) -> _Judged:
     """Figures in a file of the work: a run that goes on does not take them again."""
 
     def make(path: Path) -> None:
-        with torch.no_grad():
-            found = subject.judge(model.eval())
-        _fs.write_atomic(path, json.dumps(found).encode())
+        _fs.write_atomic(path, json.dumps(vars(subject.judge(model.eval()))).encode())
 
-    return dict(json_file.read(run.once("before.json", make)))
+    return _Judged(**json_file.read(run.once("before.json", make)))
+
+
+def _gain(figure: str, first: _Judged, last: _Judged) -> str:
+    found = bootstrap.paired(last.lines, first.lines)
+    return (
+        f"{figure} less what it was before: {found.value:+.3f} [{found.low:+.3f},"
+        f" {found.high:+.3f}] (95%, paired bootstrap over the {len(first.lines)} lines held out)"
+    )
+
+
+def _table(first: _Judged, last: _Judged) -> str:
+    rows = zip(first.lines, last.lines, strict=True)
+    return "before,after\n" + "".join(f"{one!r},{other!r}\n" for one, other in rows)
 
 
 def _about(settings: FinetuneSettings) -> str:
@@ -193,8 +221,16 @@ def _answers(run: Run, settings: FinetuneSettings, chats: pretrained.Chats) -> _
         texts.Answers(texts.longest_first(chats.tokens(lines)), settings.length, chats.pad)
         for lines in (_two(train), _two(held[: settings.held]))
     )
-    judge = language.judge_answers(judged)
-    return _Subject(data, language.loss, judge, texts.terms, "answers", lambda *_: None)
+
+    def judge(model: torch.nn.Module) -> _Judged:
+        losses = language.answer_losses(model, judged)
+        return _Judged({"loss": float(losses.mean())}, losses.tolist())
+
+    return _Subject(
+        *(data, language.loss, judge, texts.terms, "answers", lambda *_: None),
+        figure="loss",
+        tokens=float(data.lengths.double().mean()),
+    )
 
 
 def _two(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -212,6 +248,7 @@ def _preferences(run: Run, settings: FinetuneSettings, chats: pretrained.Chats) 
     else:
         train, held = texts.json_lines(path, ("prompt", "chosen", "rejected"), settings.limit)
     sets = {}
+    train = train[: settings.steps * settings.batch]  # what is never seen needs no reference
     for name, lines in (("train", train), ("held", held[: settings.held])):
         chosen, rejected = (
             chats.tokens([(line[0], line[place]) for line in lines]) for place in (1, 2)
@@ -227,20 +264,27 @@ def _preferences(run: Run, settings: FinetuneSettings, chats: pretrained.Chats) 
         for name, each in sets.items():
             each.reference = found[name]
 
+    def judge(model: torch.nn.Module) -> _Judged:
+        found = preferences.reference_of(model, sets["held"])
+        figures = preferences.figures(found, sets["held"].reference, settings.beta)
+        return _Judged(figures, preferences.likelier(found).tolist())
+
     return _Subject(
         sets["train"],
         preferences.loss_of(settings.beta),
-        preferences.judge_of(sets["held"], settings.beta),
+        judge,
         lambda batch: torch.tensor(len(batch[0])),
         "pairs",
         prepare,
+        figure="likelier_share",
+        tokens=float(sets["train"].lengths.double().mean()),
     )
 
 
 RECIPE = Recipe(
     "finetune",
     FinetuneSettings(
-        steps=40,
+        steps=30,
         batch=8,
         lr=1e-3,
         warmup=0.1,

@@ -32,21 +32,25 @@ def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def judge_answers(data: texts.Answers) -> Callable[[torch.nn.Module], dict[str, float]]:
     """A function that gives "loss", in nats for each token of the answers."""
-
-    def judge(model: torch.nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
-        total, count = 0.0, 0
-        for numbers in torch.arange(len(data)).split(_AT_ONCE):
-            ids, targets = (each.to(device) for each in data.batch(numbers))
-            total += float(loss(model, (ids, targets)))
-            count += int(texts.terms((ids, targets)))
-        return {"loss": total / count}
-
-    return judge
+    return lambda model: {"loss": float(answer_losses(model, data).mean())}
 
 
-def answer_logs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The logarithm of each answer's probability: float32 [batch]."""
+@torch.no_grad()
+def answer_losses(model: torch.nn.Module, data: texts.Answers) -> torch.Tensor:
+    """What each answer costs, in nats, over the mean number of tokens of an answer: float64
+    [answers] on the CPU, so that their mean is the loss a token.
+    """
+    device = next(model.parameters()).device
+    costs, count = [], 0
+    for numbers in torch.arange(len(data)).split(_AT_ONCE):
+        ids, targets = (each.to(device) for each in data.batch(numbers))
+        costs.append(-log_probabilities(model, (ids, targets)).double().cpu())
+        count += int(texts.terms((ids, targets)))
+    return torch.cat(costs) * len(data) / count
+
+
+def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The logarithm of the probability of each row's targets: float32 [batch]."""
     ids, targets = batch
-    found = logits(model, ids).transpose(1, 2)  # classes come second
-    return -F.cross_entropy(found, targets, reduction="none").sum(1)
+    found = logits(model, ids).flatten(0, 1)
+    return -F.cross_entropy(found, targets.flatten(), reduction="none").view(ids.shape).sum(1)

@@ -7,7 +7,7 @@ Rafailov et al. 2023, "Direct Preference Optimization", section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,11 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each pair: int64 [pairs]."""
+        return self.chosen.lengths + self.rejected.lengths
+
     def batch(self, numbers: torch.Tensor) -> Batch:
         chosen, rejected = self.chosen.batch(numbers), self.rejected.batch(numbers)
         return (*chosen, *rejected, self.reference[numbers])
@@ -45,9 +50,8 @@ class Preferences:
 
 def logs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The logarithms of the probabilities of both answers: float32 [pairs, 2]."""
-    return torch.stack(
-        [language.answer_logs(model, batch[:2]), language.answer_logs(model, batch[2:4])], 1
-    )
+    sides = [language.log_probabilities(model, each) for each in (batch[:2], batch[2:4])]
+    return torch.stack(sides, 1)
 
 
 @torch.no_grad()
@@ -78,20 +82,21 @@ def loss_of(beta: float) -> Loss:
     return loss
 
 
-def judge_of(data: Preferences, beta: float) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """A function that gives the mean "loss"; "accuracy", the share of pairs of which the model has
-    come to like the better answer more (the paper's figure 3); and "likelier_share", of which it
-    gives the better one the higher probability.
+def figures(found: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, float]:
+    """Of the ``logs`` of pairs and those before training, float32 [pairs, 2]: the mean "loss";
+    "accuracy", the share of pairs of which the model has come to like the better answer more (the
+    paper's figure 3); and "likelier_share", of which it gives the better one the higher
+    probability.
     """
+    gained = found - reference
+    margin = gained[:, 0] - gained[:, 1]
+    return {
+        "loss": float(-F.logsigmoid(beta * margin).mean()),
+        "accuracy": float((margin > 0).float().mean()),
+        "likelier_share": float(likelier(found).mean()),
+    }
 
-    def judge(model: torch.nn.Module) -> dict[str, float]:
-        found = reference_of(model, data)
-        gained = found - data.reference
-        margin = gained[:, 0] - gained[:, 1]
-        return {
-            "loss": float(-F.logsigmoid(beta * margin).mean()),
-            "accuracy": float((margin > 0).float().mean()),
-            "likelier_share": float((found[:, 0] > found[:, 1]).float().mean()),
-        }
 
-    return judge
+def likelier(found: torch.Tensor) -> torch.Tensor:
+    """1 where the better answer has the higher probability, else 0: float32 [pairs]."""
+    return (found[:, 0] > found[:, 1]).float()

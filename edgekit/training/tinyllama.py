@@ -224,20 +224,34 @@ def judge_of(
     held: np.ndarray[Any, Any], held_bytes: int, length: int
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """A function that gives nats a token and bits a byte on ``held``, each token judged once."""
-    ids, targets = texts.windows(held, length)
+    losses = losses_of(held, length)
 
     def judge(model: torch.nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
-        total = 0.0
-        for numbers in torch.arange(len(ids)).split(16):
-            batch = (ids[numbers].to(device), targets[numbers].to(device))
-            total += language.loss(model, batch).item()
+        total = float(losses(model).sum())
         return {
             "loss": total / (len(held) - 1),
             "bits_per_byte": total / math.log(2) / held_bytes,
         }
 
     return judge
+
+
+def losses_of(held: np.ndarray[Any, Any], length: int) -> Callable[[torch.nn.Module], torch.Tensor]:
+    """A function that gives the nats of all targets of each piece of ``held``, as texts.windows
+    cuts it: float64 [pieces] on the CPU.
+    """
+    ids, targets = texts.windows(held, length)
+
+    def losses(model: torch.nn.Module) -> torch.Tensor:
+        device = next(model.parameters()).device
+        found = []
+        for numbers in torch.arange(len(ids)).split(16):
+            batch = (ids[numbers].to(device), targets[numbers].to(device))
+            with torch.no_grad():
+                found.append(-language.log_probabilities(model, batch).double().cpu())
+        return torch.cat(found)
+
+    return losses
 
 
 def judge_ngram(

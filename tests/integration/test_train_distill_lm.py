@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from training_data import prose, toy_llama
 
 import edgekit
 from edgekit.errors import RecipeError
-from edgekit.training import distill_lm, pretrained
+from edgekit.training import distill_lm, pretrained, texts
 from edgekit.training.recipe import train
 
 
@@ -59,6 +60,44 @@ def test_channels_that_count_for_nothing_go_first(teacher: Path) -> None:
         torch.testing.assert_close(half(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_text_decides_what_stays_and_the_rest_stands_in(teacher: Path, text: Path) -> None:
+    """Pairs of channels that are each other's double: a half says it all, if it is told so."""
+    whole = opened(teacher)
+    with torch.no_grad():
+        for layer in whole.model.layers:
+            for name in ("gate_proj", "up_proj"):
+                weight = layer.mlp.get_submodule(name).weight
+                weight[64:] = weight[:64]
+    tokens = torch.randint(0, 200, (4000,), generator=torch.Generator().manual_seed(0))
+    data = texts.Packed(tokens.numpy().astype("uint16"), 64)
+    found = {}
+    for by in ("text", "size"):
+        settings = distill_lm.DistillLmSettings(layers=1.0, inner=0.5, cut_by=by)
+        student, kept = distill_lm.begun(whole, data, settings)
+        assert kept == [0, 1] and student.config.intermediate_size == 64
+        with torch.no_grad():
+            ids = data.batch(torch.arange(4))[0]
+            found[by] = (student.eval()(ids).logits - whole(ids).logits).square().mean().item()
+    assert found["text"] < 1e-5 and 100 * found["text"] < found["size"]
+
+
+def test_hidden_states_are_those_that_the_next_layer_knows(teacher: Path) -> None:
+    """And what leaves the student's last layer shall be what leaves the teacher's."""
+    whole = opened(teacher)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        states = whole(ids, output_hidden_states=True).hidden_states
+    settings = distill_lm.DistillLmSettings(hard=0.0, soft=0.0, attention=0.0, hidden=1.0)
+    same = distill_lm.loss_of(whole, [0, 1], settings)(whole, (ids, ids)).item()
+    assert same == pytest.approx(0, abs=1e-6)
+    first = distill_lm.cut(whole, [0], 1.0)  # what leaves it is normed, and shall be the last
+    with torch.no_grad():
+        mine = first(ids, output_hidden_states=True).hidden_states[1]
+        distance = ((mine - states[2]).square().mean(-1) / states[2].square().mean(-1)).mean()
+    found = distill_lm.loss_of(whole, [0], settings)(first, (ids, ids)).item()
+    assert found == pytest.approx(40 * distance.item(), rel=1e-4)
+
+
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_text(teacher: Path) -> None:
     whole = opened(teacher)
     settings = distill_lm.DistillLmSettings(hard=0.0)
@@ -93,6 +132,8 @@ def test_a_run_ends_in_a_smaller_folder_and_a_table(
     losses = {name: figures["loss"] for name, figures in found.items()}
     assert max(losses["teacher"], losses["taught"], losses["untaught"]) < losses["cut"]
     assert any("the teacher gives back" in remark for remark in body["remarks"])
+    for figures in found.values():
+        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
     again = opened(out)
     assert sum(each.numel() for each in again.parameters()) == found["taught"]["parameters"]

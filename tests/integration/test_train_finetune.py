@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from edgekit.exporters import lora
 from edgekit.runtime import GenerateParams
 from edgekit.training import (
     checkpoint,
+    finetune,
     finetune_vit,
     language,
     preferences,
@@ -115,6 +117,25 @@ def test_each_method_learns_and_the_folder_has_what_it_learned(
     assert again["loss"] == pytest.approx(found[method]["loss"], rel=1e-4)
 
 
+def test_each_line_held_out_is_written_down_before_and_after(
+    runs: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    for method, (out, body) in runs.items():
+        with (out / finetune.HELD).open() as file:
+            lines = [(float(row["before"]), float(row["after"])) for row in csv.DictReader(file)]
+        assert len(lines) == 4  # of 160
+        found = rows(body)
+        for place, name in enumerate(("before", method)):
+            mean = sum(line[place] for line in lines) / len(lines)
+            assert mean == pytest.approx(found[name]["loss"], rel=1e-6)
+        gain = next(each for each in body["remarks"] if each.startswith("loss less what it was"))
+        expected = found[method]["loss"] - found["before"]["loss"]
+        assert f"{expected:+.3f} [" in gain and "over the 4 lines" in gain
+        if method != "full":
+            weights = out / "adapter" / "adapter_model.safetensors"
+            assert 0 < weights.stat().st_size - found[method]["adapter_bytes"] < 10_000
+
+
 def test_four_bits_take_less_memory_than_floats(
     runs: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
@@ -179,6 +200,7 @@ def test_preferences_are_learned(base: Path, questions: Path, tmp_path: Path, me
     assert found["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found[method]["accuracy"] == 1.0 and found[method]["loss"] < 0.6
     assert found[method]["likelier_share"] >= found["before"]["likelier_share"]
+    assert found[method]["training_tok_s"] > 0
 
 
 def test_the_loss_of_preferences_is_the_paper_s() -> None:
