@@ -35,7 +35,9 @@ CATALOGUE = {
         "benchmarks/train/run dual-encoder",
     ),
     "finetune": Entry(
-        "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences."
+        "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences.",
+        "SmolLM2 on glosses, 30 steps of LoRA: 2.589 nats a token of held-out answers for 4.089",
+        "benchmarks/train/run finetune",
     ),
     "finetune-vit": Entry(
         "A vision transformer taught anew from 1,000 images: five methods side by side.",

@@ -63,8 +63,8 @@ class DistillLmSettings(model_texts.ModelTextSettings):
     temperature: float = setting(1.0, "of both distributions")
     soft: float = setting(1.0, "weight of the teacher's distribution")
     hard: float = setting(0.5, "weight of the text itself")
-    hidden: float = setting(0.1, "weight of the hidden states")
-    attention: float = setting(0.1, "weight of the last layer's attention")
+    hidden: float = setting(1.0, "weight of the hidden states")
+    attention: float = setting(0.0, "weight of the last layer's attention")
     baseline: bool = setting(True, "train the same student without a teacher too")
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
     teacher = teacher.to(run.accelerator.device).eval()
     teacher.requires_grad_(False)
     if settings.cut_by == "text":
-        _check(teacher)
+        check(teacher)
     data = texts.Packed(text.train, settings.length)
 
     def untrained(folder: Path) -> None:
@@ -179,7 +179,8 @@ def _given_back(pieces: Mapping[str, list[float]], tokens: int) -> str:
     )
 
 
-def _check(teacher: Any) -> None:
+def check(teacher: Any) -> None:
+    """Raises RecipeError for what cannot be cut by a text, with what to do."""
     try:
         layer_pass.check(teacher)
     except RecipeError as error:
@@ -292,7 +293,7 @@ def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 RECIPE = Recipe(
     "distill-lm",
     DistillLmSettings(
-        steps=120,
+        steps=60,
         batch=4,
         lr=3e-4,
         warmup=0.1,
@@ -301,6 +302,7 @@ RECIPE = Recipe(
         log_every=5,
         precision="bf16",
         length=128,
+        held_tokens=4000,
         train_chars=4_000_000,
     ),
     run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_hidden_states_are_those_that_the_next_layer_knows(teacher: Path) -> Non
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_but_the_text(teacher: Path) -> None:
     whole = opened(teacher)
-    settings = distill_lm.DistillLmSettings(hard=0.0)
+    settings = distill_lm.DistillLmSettings(hard=0.0, attention=0.1)
     loss = distill_lm.loss_of(whole, [0, 1], settings)
     ids = torch.arange(80).reshape(2, 40)
     same = distill_lm.cut(whole, [0, 1], 1.0)
@@ -137,6 +138,13 @@ def test_a_run_ends_in_a_smaller_folder_and_a_table(
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
     again = opened(out)
     assert sum(each.numel() for each in again.parameters()) == found["taught"]["parameters"]
+
+
+def test_what_is_no_llama_is_told_how_it_can_be_cut() -> None:
+    other = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+    with pytest.raises(RecipeError, match="qwen2") as error:
+        distill_lm.check(other)
+    assert error.value.hint == "--set cut_by=size"
 
 
 def test_shares_beyond_one_are_refused(teacher: Path, tmp_path: Path) -> None:
