@@ -355,7 +355,7 @@ def write_folder(
 RECIPE = Recipe(
     "tinyllama",
     TinyLlamaSettings(
-        steps=750,
+        steps=1000,
         batch=16,
         lr=4e-3,
         min_lr=0.02,
