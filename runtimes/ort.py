@@ -11,6 +11,7 @@ from typing import Any
 from edgekit import _fs, language_model, preprocess
 from edgekit.errors import InferenceError, LoadError, UsageError
 from edgekit.formats import onnx
+from edgekit.formats.onnx import OnnxHeader
 from edgekit.preprocess import Preprocessing
 from edgekit.runtime import LoadParams, TensorSpec
 from edgekit.runtimes import first_load, graph_threads, ort_lm, ort_start
@@ -56,7 +57,8 @@ class OrtRuntime:
     def _load(self, path: Path, params: LoadParams, steps: Preprocessing) -> OrtSession:
         header = onnx.read(path)
         files = [path, *(path.parent / name for name in header.beside)]
-        kept = ort_start.key(files)
+        # An optimized graph of floats loads no faster, and answers later (docs/onnx.md, Runtimes).
+        kept = ort_start.key(files) if _is_quantized(header) else ""
         first_load.pass_once(
             files,
             "edgekit.runtimes.ort:attempt",
@@ -101,6 +103,11 @@ class OrtRuntime:
         if adapters:
             raise UsageError("an ONNX language model takes no adapters")
         return ort_lm.scorer(path, n_ctx=n_ctx, threads=threads)
+
+
+def _is_quantized(header: OnnxHeader) -> bool:
+    """Whether weights are stored in 8 or 4 bits."""
+    return any(tensor.dtype.endswith(("int8", "int4")) for tensor in header.initializers)
 
 
 def attempt(path: str, kept: str) -> None:

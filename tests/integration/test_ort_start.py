@@ -65,6 +65,13 @@ def test_the_kept_graph_gives_the_same_answers(
     assert taken == [_entry(home)]
 
 
+def test_no_graph_of_floats_is_kept(tmp_path: Path, home: Path) -> None:
+    source = tiny_torch.resnet_folder(tmp_path / "net")
+    made = export(source, "onnx", type="F32", out=tmp_path / "out", receipt=False)
+    _answer(made.path)
+    assert not (home / "cache" / "compiled").exists()
+
+
 @pytest.mark.parametrize("harm", ["cut", "changed", "nothing", "gone"])
 def test_a_damaged_copy_is_made_again(
     models: dict[str, Path], home: Path, harm: str, caplog: pytest.LogCaptureFixture
