@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -30,7 +31,9 @@ from edgekit.runtimes import first_load, graph_threads
 from edgekit.runtimes.tensor_session import PreparedSession, check_params
 
 # The engine, and its predecessor of the same interface: what is installed is taken.
-_ENGINES = {"ai_edge_litert": "ai-edge-litert", "tflite_runtime": "tflite-runtime"}
+_PREDECESSOR = "tflite-runtime"
+_ENGINES = {"ai_edge_litert": "ai-edge-litert", "tflite_runtime": _PREDECESSOR}
+_log = logging.getLogger("edgekit.runtime")
 
 
 def _installed() -> Any:
@@ -62,6 +65,12 @@ class LiteRtRuntime:
         header = tflite.read(path)
         _check_ends(path, header)
         name = _engine()
+        if name.startswith(_PREDECESSOR):
+            _log.warning(
+                "%s is older than today's files, and may compute some wrongly without a word:"
+                " pip install ai-edge-litert, or check with edgekit verify --deep",
+                name,
+            )
         first_load.pass_once(
             [path], "edgekit.runtimes.litert:attempt", {"path": str(path.absolute())}, name
         )
