@@ -27,7 +27,9 @@ CATALOGUE = {
         "benchmarks/train/run distill",
     ),
     "distill-lm": Entry(
-        "A language model cut down to fewer, narrower layers and taught by the whole one."
+        "A language model cut down to fewer, narrower layers and taught by the whole one.",
+        "SmolLM2 less 28% of its weights, 20 steps: perplexity 79.0, alone 83.7, uncut 38.5",
+        "benchmarks/train/run distill-lm steps=20 held_tokens=2000",
     ),
     "dual-encoder": Entry(
         "Pictures and sentences in one space (CLIP): a classifier by words.",
@@ -36,7 +38,8 @@ CATALOGUE = {
     ),
     "finetune": Entry(
         "A language model taught anew: LoRA, QLoRA, DoRA or all weights; answers or preferences.",
-        "SmolLM2 on glosses, 30 steps of LoRA: 2.589 nats a token of held-out answers for 4.089",
+        "SmolLM2 on glosses, 30 steps, nats a token of held-out answers: before 4.089, LoRA 2.589,"
+        " QLoRA 2.609, DoRA 2.586, all weights 2.521",
         "benchmarks/train/run finetune",
     ),
     "finetune-vit": Entry(
