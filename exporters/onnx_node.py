@@ -18,7 +18,6 @@ HINT = "--format onnx, or give the torch model that the file was made of"
 
 # What a node computes of its inputs (None for those that are left out): a tensor, or several.
 Operator = Callable[["Node", Sequence[Any]], Any]
-_END = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,13 @@ def check(source: ModelSource) -> None:
     """Whether ``build`` knows this kind of model, without loading it. Raises as ``build``."""
     if source.kind == "gguf":
         raise UnsupportedModelError(
-            "a GGUF file holds a language model: edgekit makes no graph of it",
-            hint="--format gguf",
+            "a GGUF file holds a language model, which goes to GGUF and ONNX alone",
+            hint="--format gguf, or --format onnx",
         )
     if source.kind == "hf" and source.family not in (*VISION, *TEXT, *BOTH):
         raise UnsupportedModelError(
-            f"edgekit exports no '{shown(source.family)}' to ONNX",
-            hint="language models: --format gguf; others: "
+            f"edgekit traces no '{shown(source.family)}'",
+            hint="language models: --format gguf, or onnx; others: "
             + did_you_mean(source.family, [*VISION, *TEXT, *BOTH]),
         )
 

@@ -7,7 +7,16 @@ import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
+
 from edgekit.errors import EdgekitError
+
+_LOADED, _PIECES = 200, 10
+# Files that are loaded, each in a child process: 8 in every run, 2,000 in pieces of some minutes.
+in_pieces = pytest.mark.parametrize(
+    ("count", "piece"),
+    [(8, 0), *(pytest.param(_LOADED, n, marks=pytest.mark.fuzz) for n in range(1, _PIECES + 1))],
+)
 
 
 def refused(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz.bounded import refused
+from fuzz.bounded import in_pieces, refused
 from onnx import TensorProto, helper, numpy_helper
 
 import edgekit
@@ -19,7 +19,6 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import onnx
 
 COUNT = 2000
-LOADED, PIECES = 200, 10  # a child process each, in pieces of some minutes
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +95,7 @@ def test_every_mutant_is_counted_or_refused_within_a_second(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("count", "piece"),
-    [(8, 0), *(pytest.param(LOADED, n, marks=pytest.mark.fuzz) for n in range(1, PIECES + 1))],
-)
+@in_pieces
 def test_no_mutant_takes_the_process_with_it(
     count: int, piece: int, sound: bytes, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_tflite
-from fuzz.bounded import refused
+from fuzz.bounded import in_pieces, refused
 
 import edgekit
 from edgekit import graph_file
@@ -18,7 +18,6 @@ from edgekit.errors import EdgekitError
 from edgekit.formats import tflite
 
 COUNT = 2000
-LOADED, PIECES = 200, 10  # a child process each, in pieces of some minutes
 _LIES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -67,10 +66,7 @@ def test_every_mutant_is_read_or_refused_within_a_second(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("count", "piece"),
-    [(8, 0), *(pytest.param(LOADED, n, marks=pytest.mark.fuzz) for n in range(1, PIECES + 1))],
-)
+@in_pieces
 def test_no_mutant_takes_the_process_with_it(
     count: int, piece: int, sound: bytes, tmp_path: Path
 ) -> None:
