@@ -124,10 +124,8 @@ class _Child:
         self, path: str, threads: int, runtime_name: str
     ) -> list[tuple[str, int, float]]:
         """(kind of operator, how many, milliseconds in a run), the longest first; none of an engine
-        that does not tell: LiteRT hands whole graphs to XNNPACK, and its Python side times no part.
+        that does not tell.
         """
-        if runtime_name == "litert":
-            return []
         profiler = importlib.import_module(f"edgekit.runtimes.{runtime_name}_profile")
         found: list[tuple[str, int, float]] = profiler.operators(Path(path), threads, self._feed)
         return found

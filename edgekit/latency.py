@@ -17,7 +17,7 @@ from edgekit import __version__, graph_file, language_header, machine, probe, te
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.bench_models import hashed, unique
 from edgekit.bench_side import CHILD_BYTES, COPIES, Child, free_bytes
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError, EngineCrashedError, UsageError
 from edgekit.exporter import Progress, no_progress
 from edgekit.latency_report import LatencyReport, LatencyRow, OperatorRow
 from edgekit.registry import OTHER_RUNTIMES, RUNTIME_OF_FORMAT, RUNTIMES, did_you_mean
@@ -130,6 +130,7 @@ def latency(
     found = _opened(models, names, progress)
     _check_runtimes(runtimes, {model.format for model in found})
     operators: list[OperatorRow] = []
+    died: dict[str, str] = {}
     with ExitStack() as children, telemetry.Recorder(root) as recorder:
         plans = [
             (model, runtime, count, batch)
@@ -154,7 +155,10 @@ def latency(
         if profile:
             for model in found:
                 side = next(each for each in sides if each.model is model)
-                operators += _operators(side, progress)
+                try:
+                    operators += _operators(side, progress)
+                except EngineCrashedError as error:  # what was measured before stands
+                    died[model.facts.name] = error.message
     report = LatencyReport(
         taken_at=datetime.now(UTC).isoformat(timespec="seconds"),
         device=None,
@@ -176,7 +180,10 @@ def latency(
     if profile:
         told = {row.model for row in operators}
         silent = [m.facts.name for m in found if m.facts.name not in told]
-        unknown += [f"no profile of {name}: its engine does not tell times" for name in silent]
+        unknown += [
+            f"no profile of {name}: {died.get(name, 'its engine does not tell times')}"
+            for name in silent
+        ]
     report = replace(report, remarks=(*_what_to_mind(report), *unknown))
     return _judged(report, progress) if probe_limits else report
 
@@ -289,7 +296,7 @@ def _operators(side: _Side, progress: Progress) -> list[OperatorRow]:
         runtime_name=side.runtime,
     )
     progress("profile", 1, 1)
-    total = sum(ms for _, _, ms in found)
+    total = sum(ms for _, _, ms in found) or 1.0
     name = side.model.facts.name
     return [OperatorRow(name, kind, count, ms, ms / total) for kind, count, ms in found]
 

@@ -107,7 +107,7 @@ def _check_ends(path: Path, header: tflite.TfliteHeader) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The engine writes a line on stderr for every model that it opens, and has no switch."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -136,7 +136,7 @@ class _Graph:
         """Raises LoadError."""
         self._inputs, self._outputs = header.inputs, header.outputs
         try:
-            with _quiet():
+            with quiet():
                 self._engine = _LIBRARY.Interpreter(model_path=str(path), num_threads=threads)
                 self._engine.allocate_tensors()
         except (ValueError, RuntimeError, TypeError) as error:
@@ -174,7 +174,7 @@ class Inside:
         """Raises LoadError."""
         self._inputs = header.inputs
         try:
-            with _quiet():
+            with quiet():
                 self._engine = _LIBRARY.Interpreter(
                     model_path=str(path),
                     num_threads=1,
