@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import exporter, language_model, preprocess, sample_inputs
+from edgekit import export_again, language_model, preprocess, sample_inputs
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
@@ -62,7 +62,7 @@ def compare(
         if against is None:
             if not is_artifact(model):
                 raise UsageError(f"{model} does not say what it was made of", hint="add --against")
-            against = opened.enter_context(exporter.float_model(model, progress))
+            against = opened.enter_context(export_again.float_model(model, progress))
         mine = opened.enter_context(load(model, n_threads=threads))
         theirs = opened.enter_context(load(against, n_threads=threads))
         files = [_file(path) for path in (model, against)]

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgekit import agreement, evaluate, language_header, language_layers, typed_json
 from edgekit.artifact import Artifact, is_artifact
-from edgekit.errors import GateError, UsageError
-from edgekit.exporter import Progress, no_progress
+from edgekit.beside import Beside, Figure
+from edgekit.errors import ArtifactError, GateError, UsageError
+from edgekit.exporter import Admission, Progress, no_progress
 from edgekit.intervals import Interval
 from edgekit.receipt import Gates, Receipt, figure
 from edgekit.scorer import model_files
@@ -33,25 +34,6 @@ _ENGINES = {"mean_kl": 0.002, "cosine": 1e-4, "top1": 0.02, "neighbours": 0.02}
 _FLOATS = ("F32", "F16", "BF16")
 _N_CTX, _CHUNKS = 512, 4
 _GATES = {"mean_kl": "max_kld", "top1": "min_top1", "cosine": "min_cosine"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """``value`` must be at most ``limit`` where ``name`` is "mean_kl" (nats), at least else: a
-    "cosine", or the share of tokens, classes ("top1") or "neighbours" that are the same. ``given``:
-    the limit is the user's own.
-    """
-
-    name: str
-    value: Interval
-    limit: float
-    given: bool
-
-    @property
-    def within(self) -> bool:
-        if self.name == "mean_kl":
-            return self.value.value <= self.limit
-        return self.value.value >= self.limit
 
 
 @dataclass(frozen=True)
@@ -121,7 +103,48 @@ def compare(
     return [_of_tensors(sides, part, limits) for part in again]
 
 
-def check(found: Sequence[CrossFormat]) -> None:
+def admission(
+    against: Sequence[Path], *, data: Path | None = None, progress: Progress = no_progress
+) -> Admission:
+    """What ``export`` may be told to do with a finished artifact: hold it ``against`` others, or
+    keep it out (``check``). ``data`` as in ``compare``. Raises what opening the others raises, at
+    once and not after the export.
+    """
+    for other in against:
+        if not other.exists():
+            raise ArtifactError(f"there is nothing at {other}")
+        _Side.open(other)
+
+    def admit(artifact: Artifact) -> tuple[Beside, ...]:
+        found = [
+            (other, replace(each, model="this export"))
+            for other in against
+            for each in compare(artifact.path, other, data=data, progress=progress)
+        ]
+        check(
+            [each for _, each in found],
+            hint="nothing was kept; `edgekit verify --against` shows all layers of a kept one",
+        )
+        return tuple(
+            Beside(
+                form=each.forms[1],
+                sha256=Artifact.open(other).sha256 if is_artifact(other) else None,
+                part=each.part,
+                data=each.data,
+                samples=each.samples,
+                figures=each.figures,
+            )
+            for other, each in found
+        )
+
+    return admit
+
+
+def check(
+    found: Sequence[CrossFormat],
+    *,
+    hint: str = "export that one again; --max-kld, --min-cosine and --min-top1 set another band",
+) -> None:
     """Raises GateError, which names every figure outside its band and the first layer to depart."""
     missed = []
     for each in found:
@@ -134,7 +157,7 @@ def check(found: Sequence[CrossFormat]) -> None:
     if missed:
         raise GateError(
             "they do not answer alike. " + ". ".join(missed),
-            hint="export that one again; --max-kld, --min-cosine and --min-top1 set another band",
+            hint=hint,
         )
 
 

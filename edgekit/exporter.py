@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any, Protocol
 
 from edgekit import __version__, _fs
 from edgekit.artifact import MANIFEST, Artifact, ArtifactFile, Manifest, is_artifact
+from edgekit.beside import Beside
 from edgekit.errors import ParityError, RecipeError, UsageError
-from edgekit.receipt import PROVEN, Gates, Receipt, Tuning, differences
+from edgekit.receipt import Gates, Receipt, Tuning
 from edgekit.recipe import Recipe
 from edgekit.registry import EXPORTERS, PROOFS
 from edgekit.source import ModelSource, of_module
@@ -160,6 +160,8 @@ class Claim:
 
 # A proof: measures everything and fills the receipt. Raises ParityError where the claim is false.
 Proof = Callable[[Claim, Progress], Receipt]
+# Holds a finished artifact against other models before it is kept. Raises what keeps it from that.
+Admission = Callable[[Artifact], tuple[Beside, ...]]
 
 
 def plan(
@@ -188,6 +190,7 @@ def export(
     eval_data: str | Path | None = None,
     tuning: Tuning | None = None,
     explain_loss: bool = False,
+    admit: Admission | None = None,
     **options: Any,
 ) -> Artifact:
     """Make an artifact at ``out`` from a model; ``options`` as in ExportOptions.
@@ -201,8 +204,9 @@ def export(
     ``gates``; without it the manifest says "unproven". ``eval_data`` is what it is measured on
     instead of the built-in inputs: a folder of images or a text file, or either with classes (a
     folder for each, or JSON lines). ``explain_loss`` says what each layer loses. ``tuning`` is what
-    ``edgekit.tune`` found: the receipt keeps it, and is measured in its runtime. ``expect`` is the
-    manifest of an earlier export that this one must repeat, byte for byte.
+    ``edgekit.tune`` found: the receipt keeps it, and is measured in its runtime. ``admit`` sees the
+    finished artifact, which is kept only if it returns (``cross_format.admission``). ``expect`` is
+    the manifest of an earlier export that this one must repeat, byte for byte.
     Raises UsageError, SourceError, ExportError (ParityError and GateError among them),
     OutOfSpaceError, MissingExtraError, InferenceError.
     """
@@ -215,6 +219,11 @@ def export(
         raise UsageError(
             "without a receipt nothing is measured that a gate could check",
             hint="drop --no-receipt, or all gates but --max-size",
+        )
+    if admit and not receipt:
+        raise UsageError(
+            "without a receipt nobody knows how far it may be from another model",
+            hint="drop --no-receipt, or --against",
         )
     if explain_loss and format != "onnx":
         raise UsageError(
@@ -234,7 +243,7 @@ def export(
     beside = max(plan.scratch_bytes, plan.reference_bytes if receipt else 0)
     _fs.require_space(out.absolute(), plan.size_bytes + beside)
     with _fs.staged(out, owns=is_artifact) as folder:
-        hashes = _source_hashes(source, progress)
+        hashes = source_hashes(source, progress)
         product = exporter.run(source, hashes, plan, folder, progress)
         manifest = Manifest(
             format=format,
@@ -261,19 +270,27 @@ def export(
         if receipt:
             made = Artifact(folder, manifest)
             data = Path(eval_data) if eval_data is not None else None
-            proved = _prove(
+            proved = prove(
                 *(exporter, source, plan, made, folder, None, progress, data),
                 tuning=tuning,
                 layers=explain_loss,
             )
         gates.check(proved, sum(file.size_bytes for file in manifest.files))
         proved = replace(proved, gates=gates.limits(), fusion=product.fusion)
-        manifest = replace(manifest, receipt=proved.to_dict())
-        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+        manifest = _write(folder, manifest, proved)
+        if admit:
+            _write(folder, manifest, replace(proved, beside=admit(Artifact(folder, manifest))))
     return Artifact.open(out)
 
 
-def _prove(
+def _write(folder: Path, manifest: Manifest, receipt: Receipt) -> Manifest:
+    """Put the receipt into the manifest, and that into the folder."""
+    manifest = replace(manifest, receipt=receipt.to_dict())
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def prove(
     exporter: Exporter,
     source: ModelSource,
     plan: ExportPlan,
@@ -310,123 +327,6 @@ def _prove(
     return receipt
 
 
-def repeat(
-    manifest_of: str | Path,
-    *,
-    out: str | Path,
-    model: str | Path | None = None,
-    progress: Progress = no_progress,
-    calibration: str | Path | None = None,
-    adapter: Path | None = None,
-    receipt: bool | None = None,
-    gates: Gates | None = None,
-) -> Artifact:
-    """Make an artifact again from its manifest: the same recipe on the same source.
-
-    The source is ``model``, or found where it was (on the hub, at the pinned revision); it must
-    have the same hashes. A calibration text or an adapter that was a file must be given again.
-    A receipt is measured anew; with ``receipt`` None, if the earlier export had one or ``gates``
-    need it.
-    Raises RecipeError or SourceError when it is not the same, ParityError when the bytes are not.
-    """
-    earlier = Artifact.open(manifest_of).manifest
-    recipe = earlier.recipe
-    source = _source_again(earlier, model, no_progress)
-    if calibration is None:
-        calibration = "builtin" if recipe.calibration else "none"
-    if receipt is None:
-        proven = earlier.receipt["status"] == PROVEN
-        receipt = proven or (gates is not None and gates.need_a_receipt)
-    return export(
-        source,
-        earlier.format,
-        out=out,
-        progress=progress,
-        expect=earlier,
-        receipt=receipt,
-        gates=gates,
-        type=recipe.type,
-        calibration=calibration,
-        chunks=recipe.calibration.chunks if recipe.calibration else None,
-        overrides=recipe.overrides,
-        adapter=adapter,
-        adapter_mode=recipe.adapter_mode,
-        fusion=recipe.fusion,
-        via=recipe.via,
-    )
-
-
-def reprove(
-    artifact: Artifact,
-    *,
-    model: str | Path | None = None,
-    adapter: Path | None = None,
-    eval_data: Path | None = None,
-    progress: Progress = no_progress,
-) -> tuple[Receipt, list[str]]:
-    """Measure an artifact's receipt again, and say where its manifest's figures do not hold.
-
-    The source is found as in ``repeat``; an adapter that was merged, and data of the user's own
-    that it was measured on, must be given again. The artifact is only read.
-    Raises ManifestError for a malformed receipt, RecipeError or SourceError when the source is
-    another, ParityError when the model does not do what its source does.
-    """
-    earlier = artifact.manifest
-    was = Receipt.from_dict(artifact.receipt)
-    source = _source_again(earlier, model, progress)
-    exporter: Exporter = EXPORTERS.load(earlier.format)()
-    options = ExportOptions(
-        type=earlier.recipe.type,
-        calibration="builtin" if earlier.recipe.calibration else "none",
-        adapter=adapter,
-        adapter_mode=earlier.recipe.adapter_mode,
-    )
-    merged = earlier.recipe.adapter_mode == "merge"
-    if merged and exporter.recipe(source, options).adapter != earlier.recipe.adapter:
-        raise RecipeError(
-            "the artifact was made with another adapter",
-            hint="name the adapter that was merged in with --adapter",
-        )
-    plan = exporter.plan(source, earlier.recipe)
-    place = _fs.home("cache") / "receipt" / artifact.sha256[:16]
-    _fs.require_space(place, plan.reference_bytes)
-    chunks = was.quality.chunks if was.quality else None
-    if was.agreement:
-        chunks = was.agreement.samples
-    with _fs.scratch(place) as folder:
-        now = _prove(
-            exporter, source, plan, artifact, folder, chunks, progress, eval_data, was.tuning
-        )
-    return now, differences(was, now)
-
-
-@contextmanager
-def float_model(artifact: str | Path, progress: Progress) -> Iterator[Path]:
-    """The float model of an artifact's source, made again; gone when the block ends."""
-    made = Artifact.open(artifact)
-    source = _source_again(made.manifest, None, progress)
-    exporter: Exporter = EXPORTERS.load(made.format)()
-    with _fs.scratch(_fs.home("cache") / "float" / made.sha256[:16]) as folder:
-        path = folder / f"model.{made.format}"
-        yield exporter.reference(source, made.manifest.recipe, path, progress)
-
-
-def _source_again(earlier: Manifest, model: str | Path | None, progress: Progress) -> ModelSource:
-    """The model that a manifest was made from: ``model``, or where it was. Raises RecipeError."""
-    if earlier.source["kind"] == "module":
-        raise RecipeError(
-            "the artifact was made from a module in a program's memory",
-            hint="run that program again: equal inputs give equal bytes",
-        )
-    if model is None:
-        source = resolve_source(earlier.source["spec"], revision=earlier.source["revision"])
-    else:
-        source = resolve_source(str(model))
-    if _source_hashes(source, progress) != earlier.source["sha256"]:
-        raise RecipeError(f"{source.spec} is not the model that the manifest was made from")
-    return source
-
-
 def _prepare(
     model: str | Path | ModelSource, format: str, revision: str | None, options: ExportOptions
 ) -> tuple[ModelSource, Exporter, ExportPlan]:
@@ -461,7 +361,7 @@ def _inside(folder: Path, out: Path) -> bool:
     return folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
 
 
-def _source_hashes(source: ModelSource, progress: Progress) -> dict[str, str]:
+def source_hashes(source: ModelSource, progress: Progress) -> dict[str, str]:
     total = source.size_bytes
     done = 0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgekit import typed_json
+from edgekit.beside import Beside
 from edgekit.errors import GateError, ManifestError, UsageError
 from edgekit.intervals import Interval
 from edgekit.tensor_figures import Accuracy, LayerLosses, PassTrial, Ranking
@@ -238,7 +239,7 @@ class Receipt:
 
     Of a model of two encoders ``agreement`` and ``latency`` are those of the images' encoder, with
     "text_" those of the texts'. ``fusion`` is what the passes were worth, ``layers`` what each
-    layer loses, if somebody asked.
+    layer loses, if somebody asked; ``beside`` are other files that it was held against.
     """
 
     status: str = UNPROVEN
@@ -258,6 +259,7 @@ class Receipt:
     accuracy: Accuracy | None = None
     layers: LayerLosses | None = None
     fusion: tuple[PassTrial, ...] = ()
+    beside: tuple[Beside, ...] = ()
     gates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ from typing import Any
 from edgekit import _fs, preprocess, quant, sample_inputs
 from edgekit.artifact import Artifact
 from edgekit.errors import GateError, InferenceError, UsageError
-from edgekit.exporter import Progress, export, no_progress
+from edgekit.exporter import Admission, Progress, export, no_progress
 from edgekit.intervals import Interval
 from edgekit.latency import latency
 from edgekit.latency_report import LatencyReport, LatencyRow
@@ -61,6 +61,7 @@ def tune(
     calibration: str | Path | None = None,
     chunks: int | None = None,
     fusion: str = "auto",
+    admit: Admission | None = None,
     progress: Progress = no_progress,
 ) -> Artifact:
     """Export ``model`` to ONNX in every sensible type, run each in every installed runtime, and
@@ -68,7 +69,8 @@ def tune(
 
     A candidate must pass ``gates``; without one on likeness it must keep a mean cosine of 0.995 or
     93% of the classes. One that is slower than the fastest float is chosen for its size alone, and
-    the receipt warns of it. ``runtime.load`` takes the runtime that won.
+    the receipt warns of it. ``runtime.load`` takes the runtime that won. ``admit`` is that of
+    ``export``.
     Raises UsageError, GateError where no candidate passes, and what ``export`` raises.
     """
     if goal not in GOALS:
@@ -120,6 +122,7 @@ def tune(
         gates=gates,
         eval_data=eval_data,
         tuning=tuning,
+        admit=admit,
         progress=progress,
         **_for_type(options, chosen.type),
     )

@@ -13,7 +13,8 @@ import click
 from edgekit.artifact import Artifact
 from edgekit.cli import export_tuned, lists, show, show_receipt
 from edgekit.errors import UsageError
-from edgekit.exporter import ExportOptions, ExportPlan, export, plan, repeat
+from edgekit.export_again import repeat
+from edgekit.exporter import Admission, ExportOptions, ExportPlan, Progress, export, plan
 from edgekit.receipt import Gates, Receipt
 from edgekit.recipe import VIAS
 from edgekit.registry import EXPORTERS
@@ -124,6 +125,14 @@ def _pairs(
     " classes (a folder for each, or JSON lines) the accuracy too.",
 )
 @click.option("--explain-loss", is_flag=True, help="ONNX: say what each layer loses.")
+@click.option(
+    "--against",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    metavar="ARTIFACT",
+    help="Keep the export only if it answers as this artifact of the same model does, of whatever"
+    " format, within what both receipts allow; else say where they depart first. Repeatable.",
+)
 @click.option("--max-kld", type=float, metavar="NATS", help="Gate: mean KL divergence.")
 @click.option("--max-kld-p99", type=float, metavar="NATS", help="Gate: its 99th percentile.")
 @click.option(
@@ -164,6 +173,7 @@ def command(
     eval_data: Path | None,
     goal: str | None,
     explain_loss: bool,
+    against: tuple[Path, ...],
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
@@ -177,6 +187,7 @@ def command(
     edgekit export smollm2-135m --bits 4 --max-kld 0.1 --max-size 120MB
     edgekit export ./vit-tiny --format onnx --bits 8 --eval-data photos/
     edgekit export net.py:make --format onnx --optimize-for latency
+    edgekit export smollm2-135m --format onnx --bits 4 --against build/smollm2-135m-q4_k_m
     """
     limits = {name: fields.pop(name) for name in _GATES}
     gates = Gates(max_size_bytes=fields.pop("max_size"), **limits)
@@ -202,8 +213,9 @@ def command(
                 progress=progress,
                 calibration=fields["calibration"],
                 adapter=fields["adapter"],
-                receipt=False if no_receipt else None,
+                receipt=_wanted(no_receipt, against),
                 gates=gates,
+                admit=_admission(against, eval_data, progress),
             )
         return _render(artifact, as_json)
     if model is None:
@@ -231,7 +243,10 @@ def command(
                 " --dry-run and --no-receipt",
             )
         artifact = export_tuned.tuned(
-            source, goal, out, options, gates, eval_data=eval_data, as_json=as_json
+            *(source, goal, out, options, gates),
+            eval_data=eval_data,
+            against=against,
+            as_json=as_json,
         )
         return _render(artifact, as_json)
     found = plan(source, format_, options=options)
@@ -252,9 +267,27 @@ def command(
             gates=gates,
             eval_data=eval_data,
             explain_loss=explain_loss,
+            admit=_admission(against, eval_data, progress),
             **vars(options),
         )
     _render(artifact, as_json)
+
+
+def _wanted(no_receipt: bool, against: tuple[Path, ...]) -> bool | None:
+    """Whether a repeated export gets a receipt; None: if the earlier one had one."""
+    if no_receipt:
+        return False
+    return True if against else None
+
+
+def _admission(
+    against: tuple[Path, ...], data: Path | None, progress: Progress
+) -> Admission | None:
+    if not against:
+        return None
+    from edgekit import cross_format  # numpy comes with it, which no other export needs this early
+
+    return cross_format.admission(against, data=data, progress=progress)
 
 
 def _base_name(model: str) -> str:

@@ -21,10 +21,12 @@ def tuned(
     gates: Gates,
     *,
     eval_data: Path | None,
+    against: tuple[Path, ...],
     as_json: bool,
 ) -> Artifact:
     """Try, keep the best, and show the table of all."""
-    from edgekit import tune  # numpy comes with it, which no other export needs this early
+    # numpy comes with them, which no other export needs this early
+    from edgekit import cross_format, tune
 
     with show.progress(quiet=as_json) as progress:
         artifact = tune.tune(
@@ -36,6 +38,7 @@ def tuned(
             calibration=options.calibration,
             chunks=options.chunks,
             fusion=options.fusion,
+            admit=cross_format.admission(against, data=eval_data) if against else None,
             progress=progress,
         )
     tuning = Receipt.from_dict(artifact.receipt).tuning

@@ -12,18 +12,13 @@ from typing import Any
 import click
 
 from edgekit import cross_format
-from edgekit.cli import lists, show, show_layers
-from edgekit.cross_format import CrossFormat, Figure
+from edgekit.beside import Figure
+from edgekit.cli import lists, show, show_layers, show_receipt
+from edgekit.cross_format import CrossFormat
 from edgekit.exporter import Progress
-from edgekit.receipt import Gates, bounded, figure
+from edgekit.receipt import Gates
 
 NAMES = ("chunks", "threads", "explain_loss", "max_kld", "min_top1", "min_cosine")
-_WORDS = {
-    "mean_kl": "mean KL",
-    "cosine": "cosine",
-    "top1": "same likeliest",
-    "neighbours": "same neighbour",
-}
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,8 +94,6 @@ def table(found: CrossFormat) -> None:
 
 
 def _row(found: Figure) -> tuple[str, str]:
-    side = "at most" if found.name == "mean_kl" else "at least"
-    band = f"{side} {figure(found.limit)}" + ("" if found.given else ", as both receipts allow")
+    band = show_receipt.limit(found) + ("" if found.given else ", as both receipts allow")
     verdict = "within the band" if found.within else "OUTSIDE the band"
-    value = bounded(found.value, percent=found.name in ("top1", "neighbours"))
-    return _WORDS[found.name], f"{value}: {verdict} ({band})"
+    return show_receipt.LIKENESS[found.name], f"{show_receipt.likeness(found)}: {verdict} ({band})"

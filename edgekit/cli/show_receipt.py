@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edgekit.beside import Beside, Figure
 from edgekit.cli import show, show_layers
 from edgekit.receipt import (
     Agreement,
@@ -22,6 +23,13 @@ from edgekit.receipt import (
 from edgekit.tensor_figures import Accuracy, Ranking
 
 Row = tuple[str, str]
+# What two models may have in common, in words.
+LIKENESS = {
+    "mean_kl": "mean KL",
+    "cosine": "cosine",
+    "top1": "same likeliest",
+    "neighbours": "same neighbour",
+}
 
 
 def rows(receipt: Receipt, *, earlier: Receipt | None = None) -> list[Row]:
@@ -71,6 +79,9 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
             yield "not fused", f"{trial.name} ({trial.fired}): {trial.ratio:.3g}x the time here"
     if receipt.tuning:
         yield from _tuning(receipt.tuning)
+    for other in receipt.beside:
+        part = f"{other.part}: " if other.part else ""
+        yield f"{part}as {other.form}", _beside(other)
     if receipt.gates:
         limits = ", ".join(as_option(name, limit) for name, limit in receipt.gates.items())
         yield "gates passed", limits
@@ -83,6 +94,23 @@ def _status(receipt: Receipt) -> str:
     if inherits := receipt.reference.requantized_from:
         text += f"; what {inherits} cost before is not in it"
     return text
+
+
+def likeness(found: Figure) -> str:
+    """The value with its bounds."""
+    return bounded(found.value, percent=found.name in ("top1", "neighbours"))
+
+
+def limit(found: Figure) -> str:
+    """What the value must keep."""
+    return f"{'at most' if found.name == 'mean_kl' else 'at least'} {figure(found.limit)}"
+
+
+def _beside(found: Beside) -> str:
+    figures = ", ".join(
+        f"{LIKENESS[each.name]} {likeness(each)} ({limit(each)})" for each in found.figures
+    )
+    return f"{figures} on {found.samples} samples ({found.data})"
 
 
 def agreement(found: Agreement) -> Iterator[Row]:

@@ -11,7 +11,8 @@ from edgekit import cross_format
 from edgekit.artifact import Artifact, is_artifact
 from edgekit.cli import show, show_cross, show_receipt
 from edgekit.errors import ManifestError, UsageError
-from edgekit.exporter import Progress, reprove
+from edgekit.export_again import reprove
+from edgekit.exporter import Progress
 from edgekit.receipt import Receipt
 
 

@@ -20,11 +20,11 @@ from tiny_convnet import SIDE, Net, as_tflite
 
 import edgekit
 from edgekit import agreement, cross_format
-from edgekit.errors import GateError, UsageError
+from edgekit.errors import ArtifactError, GateError, UsageError
 from edgekit.exporter import export
 from edgekit.exporters import onnx_graph
 from edgekit.formats import gguf
-from edgekit.receipt import Gates
+from edgekit.receipt import Gates, Receipt
 
 Float = Callable[[str], edgekit.Artifact]
 Gguf = Callable[[str], Path]
@@ -230,6 +230,69 @@ def test_eval_explains_the_loss_of_a_tflite_file_too(net: tuple[Net, Path], tmp_
     assert found.blind is None and found.layers is not None and found.layers.shared == 4
     (neither,) = agreement.compare(path, path, layers=True)
     assert neither.layers is None and neither.blind == "model.tflite"
+
+
+# An export that is held against another before it is kept
+
+
+def test_an_export_that_answers_alike_is_kept_and_its_receipt_says_so(
+    net: tuple[Net, Path], tmp_path: Path
+) -> None:
+    path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0]))
+    kept = export(
+        *(net[0], "onnx"),
+        example_inputs=(torch.zeros(1, 3, SIDE, SIDE),),
+        bits=32,
+        out=tmp_path / "kept",
+        admit=cross_format.admission([path]),
+    )
+    (found,) = Receipt.from_dict(kept.receipt).beside
+    assert found.sha256 == edgekit.Artifact.open(path).sha256 and found.form.startswith("tflite")
+    assert [each.name for each in found.figures] == ["cosine"]
+    assert found.figures[0].within and not found.figures[0].given
+
+
+@pytest.mark.parametrize("spoilt", [None, 1])
+def test_the_command_keeps_nothing_that_answers_otherwise(
+    spoilt: int | None, cli: Callable[..., Ran], net: tuple[Net, Path], tmp_path: Path
+) -> None:
+    path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0], spoilt=spoilt))
+    torch.save(net[0].state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "net.py").write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from tiny_convnet import SIDE, Net\n"
+        "def make():\n"
+        "    made = Net().eval()\n"
+        f"    made.load_state_dict(torch.load({str(tmp_path / 'weights.pt')!r}))\n"
+        "    return made, (torch.zeros(1, 3, SIDE, SIDE),)\n"
+    )
+    out = tmp_path / "out"
+    done = cli(
+        *("export", f"{tmp_path / 'net.py'}:make", "--format", "onnx", "--bits", "32"),
+        *("--against", path, "--out", out),
+    )
+    if spoilt is None:
+        assert done.code == 0 and "as tflite" in done.stdout, done.stderr
+        return
+    assert done.code == 6 and "this export and" in done.stderr, done.stderr
+    assert "depart first in" in done.stderr and "conv1" in done.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["lite", "net.py", "weights.pt"]
+
+
+def test_what_cannot_be_held_against_it_is_told_before_the_work(
+    net: tuple[Net, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="nothing"):
+        cross_format.admission([tmp_path / "nothing"])
+    with pytest.raises(UsageError, match="without a receipt"):
+        export(
+            *(net[0], "onnx"),
+            example_inputs=(torch.zeros(1, 3, SIDE, SIDE),),
+            out=tmp_path / "out",
+            receipt=False,
+            admit=cross_format.admission([net[1]]),
+        )
 
 
 # Real models

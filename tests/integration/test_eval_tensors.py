@@ -22,7 +22,8 @@ import edgekit
 from edgekit import agreement
 from edgekit.artifact import Artifact
 from edgekit.errors import UsageError
-from edgekit.exporter import export, reprove
+from edgekit.export_again import reprove
+from edgekit.exporter import export
 from edgekit.exporters import onnx_graph
 from edgekit.receipt import Receipt
 from edgekit.runtime import TensorSpec

@@ -17,7 +17,8 @@ from PIL import Image
 import edgekit
 from edgekit.artifact import Artifact
 from edgekit.errors import UnsupportedModelError, UsageError
-from edgekit.exporter import export, reprove
+from edgekit.export_again import reprove
+from edgekit.exporter import export
 
 TEXTS = ["a cat sits on the mat", "a dog", "many words of a longer text"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgekit import exporter
+from edgekit import export_again, exporter
 from edgekit.artifact import Artifact
 from edgekit.errors import ExportError, RecipeError, UsageError
 from edgekit.formats import gguf
@@ -165,4 +165,4 @@ def test_an_export_on_top_of_an_artifact_replaces_it(tmp_path: Path) -> None:
         )
     assert Artifact.open(tmp_path / "out").manifest.recipe.type == "Q4_0"
     with pytest.raises(RecipeError, match="do not repeat"):
-        exporter.repeat(tmp_path / "out", out=tmp_path / "again", calibration="builtin")
+        export_again.repeat(tmp_path / "out", out=tmp_path / "again", calibration="builtin")

@@ -29,7 +29,8 @@ from edgekit.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from edgekit.exporter import export, repeat, reprove
+from edgekit.export_again import repeat, reprove
+from edgekit.exporter import export
 from edgekit.receipt import Gates
 
 PROGRAM = """

@@ -16,7 +16,8 @@ import torch
 
 import edgekit
 from edgekit.errors import RecipeError, SourceError, UnsafeModelError
-from edgekit.exporter import export, repeat, reprove
+from edgekit.export_again import repeat, reprove
+from edgekit.exporter import export
 from edgekit.exporters import torch_model, torch_to_onnx
 from edgekit.source import source
 

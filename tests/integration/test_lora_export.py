@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgekit.errors import RecipeError, SourceError
-from edgekit.exporter import export, reprove
+from edgekit.export_again import reprove
+from edgekit.exporter import export
 from edgekit.exporters import hf_to_gguf, lora
 from edgekit.llama_library import libllama
 from edgekit.receipt import Receipt

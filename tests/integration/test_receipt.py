@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from edgekit import _fs, exporter, proof
+from edgekit import _fs, export_again, exporter, proof
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import GateError, OutOfSpaceError, ParityError, RecipeError, UsageError
 from edgekit.exporters.to_gguf import GgufExporter
@@ -64,7 +64,7 @@ def test_exports_with_and_without_a_receipt_are_the_same_artifact(
     assert plain.receipt == {"status": "unproven"}
     assert plain.sha256 == proven.sha256
     assert plain.manifest.files == proven.manifest.files
-    again = exporter.repeat(tmp_path / "plain", out=tmp_path / "again")
+    again = export_again.repeat(tmp_path / "plain", out=tmp_path / "again")
     assert again.receipt == {"status": "unproven"}
     assert (again.path / MANIFEST).read_bytes() == (plain.path / MANIFEST).read_bytes()
 
@@ -310,7 +310,7 @@ def test_another_source_is_no_ground_to_measure_on(
     copy: Artifact, tiny_model: Callable[[str], Path], cli: Callable[..., Any], model: Path
 ) -> None:
     with pytest.raises(RecipeError, match="is not the model that the manifest was made from"):
-        exporter.reprove(copy, model=tiny_model("llama-linear"))
+        export_again.reprove(copy, model=tiny_model("llama-linear"))
     ran = cli("verify", "copy", "--source", model)
     assert ran.code == 2 and "need --deep" in ran.stderr
 

@@ -29,7 +29,7 @@ _FLOORS = """
 2  tensor_figures labelled_inputs tensor_types model_shape vision_cost onnx_shapes onnx_cost
 2  tflite_cost graph_file
 4  predictor plan_memory plan_validate remote remote_tensors far_side wheelhouse device_setup
-2  network_folder
+2  network_folder beside export_again
 4  peak_loops proof_files proof_tensors agreement latency latency_files
 4  bench_plan bench_models bench_side bench_worker bench_verdict bench_files bench_plot compare
 4  cross_format language_layers
