@@ -33,7 +33,7 @@ from edgekit.errors import (
     VersionError,
 )
 from edgekit.registry import RECIPES
-from edgekit.training import images
+from edgekit.training import finetune, images
 from edgekit.training.catalogue import CATALOGUE
 from edgekit.training.recipe import train
 
@@ -142,8 +142,28 @@ def test_runs_of_several_seeds_become_a_table_of_means_and_ranges(
 
 
 def seeds_of(*folders: Path) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / "seeds.py"
-    return subprocess.run([sys.executable, script, *folders], capture_output=True, text=True)
+    return script("seeds.py", *folders)
+
+
+def script(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """A program of benchmarks/train."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "train" / name
+    return subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True)
+
+
+def test_runs_side_by_side_are_compared_line_by_line(run: Path, tmp_path: Path) -> None:
+    lines = {"a": (2.0, [1.0, 1.2, 1.4]), "b": (2.0, [1.1, 1.3, 1.5]), "c": (3.0, [1.1, 1.3, 1.5])}
+    for name, (before, after) in lines.items():
+        shutil.copytree(run, tmp_path / name)
+        rows = "".join(f"{before},{nats}\n" for nats in after)
+        (tmp_path / name / finetune.HELD).write_text(f"before,after\n{rows}")
+    done = script("table.py", *(tmp_path / name for name in lines))
+    assert done.returncode == 0, done.stderr
+    # All lines of b cost a tenth more; those of c are others, which cannot be compared.
+    assert "b less a: +0.100 [+0.100, +0.100] (95%, paired bootstrap over 3 lines)" in done.stdout
+    assert "c less" not in done.stdout
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == len(set(table)) and "seconds" in table[0]
 
 
 def test_a_gguf_of_such_a_folder_is_refused(run: Path, tmp_path: Path) -> None:
