@@ -3,7 +3,8 @@
 Knows the C interface of the engine's library, as its Python side has no profiler; never what the
 figures are shown as.
 Interface: https://github.com/google-ai-edge/LiteRT, litert/c: litert_compiled_model.h,
-litert_tensor_buffer.h, litert_profiler.h and litert_profiler_event.h; version 2.3.
+litert_tensor_buffer.h, litert_profiler.h and litert_profiler_event.h, as of version 2.3. Functions
+have changed their arguments before, and a wrong one cannot be caught: no other version is asked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from ctypes import byref, c_bool, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from edgekit.formats import tflite
 from edgekit.runtimes import litert
 
+_VERSION = "2.3."
 _RUNS = 20
 _WARM_RUNS = 2
 _ON_CPU = 1
@@ -29,6 +32,7 @@ _MOST_RANK = 8
 # An operator of the engine's own, and one of a delegate's (XNNPACK's kernels).
 _OPERATOR, _KERNEL = 1 << 1, 1 << 3
 _KINDS_OF_EVENTS = {1 << bit for bit in range(9)}
+_HOLDERS = ("CALL", "CALL_ONCE", "IF", "WHILE")
 # More than any event takes: none may be written beyond its end, whatever the library's version.
 _ROOM_BYTES = 512
 
@@ -38,10 +42,9 @@ class _Refused(Exception):
 
 
 class _Layout(ctypes.Structure):
-    """A shape. Strides are there where the highest bit of ``rank`` is set."""
-
     _fields_ = [
-        ("rank", c_uint32),
+        ("rank", c_uint32, 7),
+        ("has_strides", c_uint32, 1),
         ("sides", c_int32 * _MOST_RANK),
         ("strides", c_uint32 * _MOST_RANK),
     ]
@@ -67,15 +70,14 @@ class _Event(ctypes.Structure):
 
 def operators(path: Path, threads: int, feed: Mapping[str, Any]) -> list[tuple[str, int, float]]:
     """(kind of kernel, how many a run has, milliseconds in a run), the longest first; none where
-    the installed engine has no profiler, or another one.
+    LiteRT's library is missing or of another version.
 
     A kind is the kernel's name and the types that it computes in: ``Fully Connected (NC, QS8,
     QC8W) GEMM``. The engine tells whole microseconds, so that kernels of less come out
     too short, or as nothing.
     """
-    package = importlib.util.find_spec("ai_edge_litert")
-    library = Path(package.origin).with_name("libLiteRt.so") if package and package.origin else None
-    if library is None or not library.exists():
+    library = _library()
+    if library is None:
         return []
     header = tflite.read(path)
     with litert.quiet(), ExitStack() as owned:
@@ -88,9 +90,31 @@ def operators(path: Path, threads: int, feed: Mapping[str, Any]) -> list[tuple[s
             for _ in range(_RUNS):
                 graph.run(pieces)
             events = graph.events()
-        except (_Refused, AttributeError):  # a function that this version does not have
+        except _Refused:
             return []
     return _summed(events)
+
+
+def _library() -> Path | None:
+    package = importlib.util.find_spec("ai_edge_litert")
+    try:
+        known = version("ai-edge-litert").startswith(_VERSION)
+    except PackageNotFoundError:
+        known = False
+    if package is None or package.origin is None or not known:
+        return None
+    found = Path(package.origin).with_name("libLiteRt.so")
+    return found if found.exists() else None
+
+
+def _signature(header: tflite.TfliteHeader) -> int:
+    """Which one calls the main graph by the names that edgekit gives its inputs. LiteRT makes one
+    where a file has none.
+    """
+    for index, signature in enumerate(header.signatures):
+        if signature.graph == 0 and signature.inputs == header.inputs:
+            return index
+    return 0
 
 
 def _pieces(header: tflite.TfliteHeader, feed: Mapping[str, Any]) -> Iterator[dict[int, Any]]:
@@ -98,12 +122,12 @@ def _pieces(header: tflite.TfliteHeader, feed: Mapping[str, Any]) -> Iterator[di
     the graph takes no more (as a session does).
     """
     tensors = {name: header.main.tensors[number] for name, number in header.inputs.items()}
-    single = all(tensor.shape[:1] == (1,) for tensor in tensors.values())
-    size = len(next(iter(feed.values()))) if single and feed else 1
+    single = bool(feed) and all(tensor.shape[:1] == (1,) for tensor in tensors.values())
+    size = len(next(iter(feed.values()))) if single else 1
     for i in range(size):
         yield {
-            header.inputs[name]: np.ascontiguousarray(
-                value[i : i + 1] if single else value, tensors[name].dtype
+            header.inputs[name]: np.asarray(
+                value[i : i + 1] if single else value, tensors[name].dtype, order="C"
             )
             for name, value in feed.items()
         }
@@ -124,24 +148,32 @@ class _Library:
     """The shared library: calls by name, and what they return checked."""
 
     def __init__(self, path: Path) -> None:
-        self._functions = ctypes.CDLL(str(path))
+        """Raises _Refused."""
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise _Refused(str(error)) from None
         self._c = ctypes.CDLL(None)
         self._c.malloc.restype, self._c.malloc.argtypes = c_void_p, [c_size_t]
 
     def call(self, name: str, *given: Any) -> None:
         """Raises _Refused for any status but success."""
-        function = self._functions[f"LiteRt{name}"]
-        function.restype = c_int
-        status = function(*given)
+        status = self._function(name, c_int)(*given)
         if status != 0:
             raise _Refused(f"{name}: {status}")
 
+    def _function(self, name: str, gives: Any) -> Any:
+        try:
+            function = self._functions[f"LiteRt{name}"]
+        except AttributeError:
+            raise _Refused(f"it has no {name}") from None
+        function.restype = gives
+        return function
+
     def made(self, owned: ExitStack, kind: str, name: str, *given: Any) -> c_void_p:
         """A new object that the caller owns, destroyed when ``owned`` closes."""
-        made = c_void_p()
+        made, destroy = c_void_p(), self._function(f"Destroy{kind}", None)
         self.call(name, *given, byref(made))
-        destroy = self._functions[f"LiteRtDestroy{kind}"]
-        destroy.restype = None
         owned.callback(destroy, made)
         return made
 
@@ -184,12 +216,13 @@ class _Graph:
             *(owned, "CompiledModel", "CreateCompiledModel", self._environment, model, options)
         )
         self._profiler = library.found("CompiledModelGetProfiler", self._compiled)
-        signature = library.found("GetModelSignature", model, c_size_t(0))
+        self._signature = c_size_t(_signature(header))
+        signature = library.found("GetModelSignature", model, self._signature)
         self._inputs = self._ends(signature, "Input")
         self._outputs = self._ends(signature, "Output")
         if {number for number, _ in self._inputs} != set(header.inputs.values()):
-            raise _Refused("its first signature has other inputs")
-        self._shapes: list[tuple[int, ...]] = []
+            raise _Refused("its signature has other inputs")
+        self._shapes: list[tuple[int, ...]] | None = None
 
     def _ends(self, signature: c_void_p, which: str) -> list[tuple[int, _TensorType]]:
         """The numbers and types of the tensors that the graph takes or gives, in order."""
@@ -223,8 +256,7 @@ class _Graph:
                 self._library.call("UnlockTensorBuffer", buffer)
             self._library.call(
                 "RunCompiledModel",
-                self._compiled,
-                c_size_t(0),
+                *(self._compiled, self._signature),
                 *(c_size_t(len(self._given)), self._given),
                 *(c_size_t(len(self._answers)), self._answers),
             )
@@ -232,20 +264,21 @@ class _Graph:
     def _fit(self, shapes: list[tuple[int, ...]]) -> None:
         """Make room for inputs of these shapes, and for what comes out then."""
         for index, (shape, (_, kind)) in enumerate(zip(shapes, self._inputs, strict=True)):
-            if tuple(kind.layout.sides[: len(shape)]) != shape:
+            if tuple(kind.layout.sides[: kind.layout.rank]) != shape:
                 sides = (c_int * len(shape))(*shape)
                 self._library.call(
                     "CompiledModelResizeInputTensor",
-                    *(self._compiled, c_size_t(0), c_size_t(index), sides, c_size_t(len(shape))),
+                    *(self._compiled, self._signature, c_size_t(index)),
+                    *(sides, c_size_t(len(shape))),
                 )
             self._library.call(
                 "GetCompiledModelInputTensorLayout",
-                *(self._compiled, c_size_t(0), c_size_t(index), byref(kind.layout)),
+                *(self._compiled, self._signature, c_size_t(index), byref(kind.layout)),
             )
         layouts = (_Layout * len(self._outputs))()
         self._library.call(
             "GetCompiledModelOutputTensorLayouts",
-            *(self._compiled, c_size_t(0), c_size_t(len(layouts)), layouts, c_bool(True)),
+            *(self._compiled, self._signature, c_size_t(len(layouts)), layouts, c_bool(True)),
         )
         for (_, kind), layout in zip(self._outputs, layouts, strict=True):
             kind.layout = layout
@@ -258,7 +291,7 @@ class _Graph:
         for index, (_, kind) in enumerate(ends):
             needs = self._library.found(
                 f"GetCompiledModel{which}BufferRequirements",
-                *(self._compiled, c_size_t(0), c_size_t(index)),
+                *(self._compiled, self._signature, c_size_t(index)),
             )
             made[index] = self._library.made(
                 *(self._owned, "TensorBuffer", "CreateManagedTensorBufferFromRequirements"),
@@ -280,8 +313,10 @@ class _Graph:
         events = (_Event * count.value).from_buffer(room)
         if not all(event.kind in _KINDS_OF_EVENTS for event in events):
             raise _Refused("events of another form")
-        return [
+        found = [
             ((event.tag or b"").decode(errors="replace"), event.elapsed_us)
             for event in events
-            if event.kind == _KERNEL or (event.kind == _OPERATOR and b"elegate" not in event.tag)
+            if event.kind in (_OPERATOR, _KERNEL)
         ]
+        # What holds others is timed with all of them: a delegate, a loop, a branch.
+        return [(tag, us) for tag, us in found if tag not in _HOLDERS and "Delegate" not in tag]
