@@ -33,7 +33,7 @@ class Figure:
 class Beside:
     """The other file: ``form`` is its format and type, ``sha256`` its artifact's (None: a bare
     file). The figures are over ``samples`` inputs or tokens of ``data``; ``part`` is "" or, of two
-    encoders, "images" or "texts".
+    encoders, "images" or "texts". ``notes`` are what makes the comparison less sure.
     """
 
     form: str
@@ -42,3 +42,4 @@ class Beside:
     data: str
     samples: int
     figures: tuple[Figure, ...]
+    notes: tuple[str, ...] = ()

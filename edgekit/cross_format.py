@@ -25,6 +25,7 @@ from edgekit.errors import ArtifactError, GateError, UsageError
 from edgekit.exporter import Admission, Progress, no_progress
 from edgekit.intervals import Interval
 from edgekit.receipt import Gates, Receipt, figure
+from edgekit.registry import RUNTIME_OF_FORMAT, RUNTIMES
 from edgekit.scorer import model_files
 from edgekit.tensor_figures import LayerLosses
 
@@ -89,7 +90,10 @@ def compare(
     limits = limits or Gates()
     kinds = [side.of_tensors for side in sides]
     if kinds[0] != kinds[1]:
-        raise UsageError(f"of {model} and {against} one is a language model, the other is none")
+        raise UsageError(
+            f"{against} is {'no' if kinds[1] else 'a'} language model, and is held against one that"
+            f" is {'one' if kinds[1] else 'none'}"
+        )
     if not kinds[0]:
         return [_of_language(sides, limits, data, chunks, layers, threads, progress)]
     if chunks is not None:
@@ -107,13 +111,12 @@ def admission(
     against: Sequence[Path], *, data: Path | None = None, progress: Progress = no_progress
 ) -> Admission:
     """What ``export`` may be told to do with a finished artifact: hold it ``against`` others, or
-    keep it out (``check``). ``data`` as in ``compare``. Raises what opening the others raises, at
-    once and not after the export.
+    keep it out (``check``). ``data`` as in ``compare``. What can be seen of the others is checked
+    here, and not after the export: every byte of an artifact, the kind of a file.
+    Raises ArtifactError, CorruptArtifactError or SourceError, MissingExtraError without an engine.
     """
     for other in against:
-        if not other.exists():
-            raise ArtifactError(f"there is nothing at {other}")
-        _Side.open(other)
+        _check_other(other, progress)
 
     def admit(artifact: Artifact) -> tuple[Beside, ...]:
         found = [
@@ -133,11 +136,31 @@ def admission(
                 data=each.data,
                 samples=each.samples,
                 figures=each.figures,
+                notes=each.notes,
             )
             for other, each in found
         )
 
     return admit
+
+
+def _check_other(path: Path, progress: Progress) -> None:
+    if not path.exists():
+        raise ArtifactError(f"there is nothing at {path}")
+    if is_artifact(path):
+        artifact, done = Artifact.open(path), 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("verify", done, artifact.size_bytes)
+
+        artifact.verify(on_bytes)
+        path = artifact.model_path
+    form = path.suffix.lower().removeprefix(".")
+    if not path.is_file() or form not in RUNTIME_OF_FORMAT:
+        raise ArtifactError(f"{path} is no artifact, and no file of a model")
+    RUNTIMES.load(RUNTIME_OF_FORMAT[form])
 
 
 def check(

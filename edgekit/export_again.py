@@ -39,13 +39,14 @@ def repeat(
     receipt: bool | None = None,
     gates: Gates | None = None,
     admit: Admission | None = None,
+    eval_data: Path | None = None,
 ) -> Artifact:
     """Make an artifact again from its manifest: the same recipe on the same source.
 
     The source is ``model``, or found where it was (on the hub, at the pinned revision); it must
     have the same hashes. A calibration text or an adapter that was a file must be given again.
-    A receipt is measured anew; with ``receipt`` None, if the earlier export had one or ``gates``
-    need it.
+    A receipt is measured anew, on ``eval_data`` where that is given; with ``receipt`` None, if the
+    earlier export had one, or ``gates`` or ``admit`` need it.
     Raises RecipeError or SourceError when it is not the same, ParityError when the bytes are not.
     """
     earlier = Artifact.open(manifest_of).manifest
@@ -55,7 +56,7 @@ def repeat(
         calibration = "builtin" if recipe.calibration else "none"
     if receipt is None:
         proven = earlier.receipt["status"] == PROVEN
-        receipt = proven or (gates is not None and gates.need_a_receipt)
+        receipt = proven or admit is not None or (gates is not None and gates.need_a_receipt)
     return export(
         source,
         earlier.format,
@@ -65,6 +66,7 @@ def repeat(
         receipt=receipt,
         gates=gates,
         admit=admit,
+        eval_data=eval_data,
         type=recipe.type,
         calibration=calibration,
         chunks=recipe.calibration.chunks if recipe.calibration else None,

@@ -220,10 +220,11 @@ def export(
             "without a receipt nothing is measured that a gate could check",
             hint="drop --no-receipt, or all gates but --max-size",
         )
-    if admit and not receipt:
+    if admit and not (receipt and format in PROOFS):
         raise UsageError(
             "without a receipt nobody knows how far it may be from another model",
-            hint="drop --no-receipt, or --against",
+            hint="leave out --against"
+            + (", or --no-receipt" if format in PROOFS else f": {format} has no proof"),
         )
     if explain_loss and format != "onnx":
         raise UsageError(

@@ -69,8 +69,8 @@ def tune(
 
     A candidate must pass ``gates``; without one on likeness it must keep a mean cosine of 0.995 or
     93% of the classes. One that is slower than the fastest float is chosen for its size alone, and
-    the receipt warns of it. ``runtime.load`` takes the runtime that won. ``admit`` is that of
-    ``export``.
+    the receipt warns of it. ``runtime.load`` takes the runtime that won. ``admit``, that of
+    ``export``, sees the one that won alone.
     Raises UsageError, GateError where no candidate passes, and what ``export`` raises.
     """
     if goal not in GOALS:

@@ -213,9 +213,10 @@ def command(
                 progress=progress,
                 calibration=fields["calibration"],
                 adapter=fields["adapter"],
-                receipt=_wanted(no_receipt, against),
+                receipt=False if no_receipt else None,
                 gates=gates,
                 admit=_admission(against, eval_data, progress),
+                eval_data=eval_data,
             )
         return _render(artifact, as_json)
     if model is None:
@@ -271,13 +272,6 @@ def command(
             **vars(options),
         )
     _render(artifact, as_json)
-
-
-def _wanted(no_receipt: bool, against: tuple[Path, ...]) -> bool | None:
-    """Whether a repeated export gets a receipt; None: if the earlier one had one."""
-    if no_receipt:
-        return False
-    return True if against else None
 
 
 def _admission(

@@ -29,6 +29,7 @@ def tuned(
     from edgekit import cross_format, tune
 
     with show.progress(quiet=as_json) as progress:
+        admit = cross_format.admission(against, data=eval_data, progress=progress)
         artifact = tune.tune(
             source,
             goal,
@@ -38,7 +39,7 @@ def tuned(
             calibration=options.calibration,
             chunks=options.chunks,
             fusion=options.fusion,
-            admit=cross_format.admission(against, data=eval_data) if against else None,
+            admit=admit if against else None,
             progress=progress,
         )
     tuning = Receipt.from_dict(artifact.receipt).tuning

@@ -46,6 +46,9 @@ def warn(receipt: Receipt) -> None:
     """The receipt's warnings, on stderr."""
     for text in receipt.warnings:
         show.warn(text)
+    for other in receipt.beside:
+        for text in other.notes:
+            show.warn(f"{other.form}: {text}")
 
 
 def _rows(receipt: Receipt) -> Iterator[Row]:
@@ -79,9 +82,10 @@ def _rows(receipt: Receipt) -> Iterator[Row]:
             yield "not fused", f"{trial.name} ({trial.fired}): {trial.ratio:.3g}x the time here"
     if receipt.tuning:
         yield from _tuning(receipt.tuning)
-    for other in receipt.beside:
-        part = f"{other.part}: " if other.part else ""
-        yield f"{part}as {other.form}", _beside(other)
+    for number, other in enumerate(receipt.beside, 1):
+        which = other.sha256[:8] if other.sha256 else f"file {number}"
+        part = f", {other.part}" if other.part else ""
+        yield f"as {other.form} ({which}{part})", _beside(other)
     if receipt.gates:
         limits = ", ".join(as_option(name, limit) for name, limit in receipt.gates.items())
         yield "gates passed", limits

@@ -20,7 +20,8 @@ from tiny_convnet import SIDE, Net, as_tflite
 
 import edgekit
 from edgekit import agreement, cross_format
-from edgekit.errors import ArtifactError, GateError, UsageError
+from edgekit.cli import show_receipt
+from edgekit.errors import ArtifactError, CorruptArtifactError, GateError, UsageError
 from edgekit.exporter import export
 from edgekit.exporters import onnx_graph
 from edgekit.formats import gguf
@@ -244,16 +245,20 @@ def test_an_export_that_answers_alike_is_kept_and_its_receipt_says_so(
         example_inputs=(torch.zeros(1, 3, SIDE, SIDE),),
         bits=32,
         out=tmp_path / "kept",
-        admit=cross_format.admission([path]),
+        admit=cross_format.admission([path, net[1] / "model.onnx"]),
     )
-    (found,) = Receipt.from_dict(kept.receipt).beside
+    receipt = Receipt.from_dict(kept.receipt)
+    found, bare = receipt.beside
+    assert bare.form == "onnx" and bare.sha256 is None and "no receipt" in bare.notes[0]
+    card = dict(show_receipt.rows(receipt))
+    assert {f"as {found.form} ({found.sha256[:8]})", "as onnx (file 2)"} <= set(card)
     assert found.sha256 == edgekit.Artifact.open(path).sha256 and found.form.startswith("tflite")
     assert [each.name for each in found.figures] == ["cosine"]
     assert found.figures[0].within and not found.figures[0].given
 
 
 @pytest.mark.parametrize("spoilt", [None, 1])
-def test_the_command_keeps_nothing_that_answers_otherwise(
+def test_the_command_keeps_what_answers_alike_and_nothing_else(
     spoilt: int | None, cli: Callable[..., Ran], net: tuple[Net, Path], tmp_path: Path
 ) -> None:
     path = tiny_tflite.artifact(tmp_path / "lite", as_tflite(net[0], spoilt=spoilt))
@@ -274,6 +279,11 @@ def test_the_command_keeps_nothing_that_answers_otherwise(
     )
     if spoilt is None:
         assert done.code == 0 and "as tflite" in done.stdout, done.stderr
+        again = ("export", "--from-manifest", out, "--out", tmp_path / "again", "--against", path)
+        done = cli(*again, "--json")
+        assert done.code == 0 and json.loads(done.stdout)["receipt"]["beside"], done.stderr
+        done = cli(*again, "--no-receipt")
+        assert done.code == 2 and "without a receipt" in done.stderr
         return
     assert done.code == 6 and "this export and" in done.stderr, done.stderr
     assert "depart first in" in done.stderr and "conv1" in done.stderr
@@ -285,6 +295,14 @@ def test_what_cannot_be_held_against_it_is_told_before_the_work(
 ) -> None:
     with pytest.raises(ArtifactError, match="nothing"):
         cross_format.admission([tmp_path / "nothing"])
+    with pytest.raises(ArtifactError, match="no file of a model"):
+        cross_format.admission([tmp_path])
+    changed = shutil.copytree(net[1], tmp_path / "changed")
+    body = bytearray((changed / "model.onnx").read_bytes())
+    body[-1] ^= 1
+    (changed / "model.onnx").write_bytes(body)
+    with pytest.raises(CorruptArtifactError):
+        cross_format.admission([changed])
     with pytest.raises(UsageError, match="without a receipt"):
         export(
             *(net[0], "onnx"),
