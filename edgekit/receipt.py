@@ -210,10 +210,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried on this machine, and which ``runtime`` the artifact is loaded in therefore.
+    """What was tried on a machine, and which ``runtime`` the artifact is loaded in therefore.
 
     ``goal`` is "latency", "size" or "accuracy"; ``refused`` are variants that an engine does not
-    run, with its words.
+    run, with its words. ``device`` is None for the machine that made the export.
     """
 
     goal: str
@@ -222,6 +222,7 @@ class Tuning:
     cpu: str
     variants: tuple[Variant, ...]
     refused: tuple[str, ...] = ()
+    device: str | None = None
 
 
 @dataclass(frozen=True)

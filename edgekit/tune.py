@@ -1,13 +1,13 @@
-"""The fastest honest deployment of a model on this machine: types and runtimes tried in turn.
+"""The fastest honest deployment of a model on a machine: types and runtimes tried in turn.
 
 Knows what to try, what a candidate must keep, and which one wins; how a type is made is the
-exporters' business, how it is timed that of ``latency``.
+exporters' business, how it is timed that of ``latency``, here or on a board.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from edgekit.latency import latency
 from edgekit.latency_report import LatencyReport, LatencyRow
 from edgekit.receipt import Agreement, Gates, Tuning, Variant
 from edgekit.registry import OTHER_RUNTIMES, RUNTIME_OF_FORMAT, RUNTIMES
+from edgekit.remote_tensors import latency_on
 from edgekit.runtime import LoadParams
 from edgekit.runtimes import tensor_agreement
 from edgekit.source import ModelSource
 from edgekit.source import source as resolve_source
+from edgekit.target import open_target
 
 GOALS = ("latency", "size", "accuracy")
 _FORMAT = "onnx"
@@ -62,10 +64,15 @@ def tune(
     chunks: int | None = None,
     fusion: str = "auto",
     admit: Admission | None = None,
+    device: str | None = None,
     progress: Progress = no_progress,
 ) -> Artifact:
     """Export ``model`` to ONNX in every sensible type, run each in every installed runtime, and
     keep the best for ``goal`` (one of ``GOALS``) at ``out``, with a receipt that holds the table.
+
+    The times are those of ``device``, a name as ``open_target`` takes it, or of this machine; there
+    a gate on speed is one on these times. Answers are judged here: a file has the same everywhere
+    but for rounding.
 
     A candidate must pass ``gates``; without one on likeness it must keep a mean cosine of 0.995 or
     93% of the classes. One that is slower than the fastest float is chosen for its size alone, and
@@ -82,16 +89,9 @@ def tune(
     out = Path(out)
     with _fs.scratch(out.absolute().with_name(f"{out.name}.tuning")) as folder:
         candidates = _made(source, folder, options, fusion, progress)
-        refused = _refused(candidates)
-        report = latency(
-            *(each.artifact for each in candidates),
-            runtimes=_runtimes(),
-            repetitions=_TURNS,
-            probe_limits=False,
-            names=[each.type for each in candidates],
-            without=refused,
-            progress=progress,
-        )
+        runtimes = _runtimes(device)
+        refused = _refused(candidates, runtimes)
+        report = _timed(candidates, runtimes, refused, device, progress)
         variants = _judged(candidates, report, gates, data, progress)
     chosen = best(variants, goal)
     if chosen is None:
@@ -112,7 +112,10 @@ def tune(
         report.machine.cpu or report.machine.architecture,
         tuple(variants),
         tuple(f"{kind} in {runtime}: {why}" for (kind, runtime), why in refused.items()),
+        report.device,
     )
+    if device is not None:
+        gates = replace(gates, min_speed_ratio=None)  # judged there, and not here
     return export(
         source,
         _FORMAT,
@@ -134,9 +137,11 @@ def _for_type(options: dict[str, Any], kind: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if takes and value is not None}
 
 
-def _runtimes() -> list[str]:
-    """Those for ONNX files that are installed, the usual one first."""
+def _runtimes(device: str | None) -> list[str]:
+    """Those for ONNX files that are installed, the usual one first; a board has no other."""
     usual = RUNTIME_OF_FORMAT[_FORMAT]
+    if device is not None:
+        return [usual]
     return [usual, *(name for name in OTHER_RUNTIMES[_FORMAT] if RUNTIMES.installed(name))]
 
 
@@ -173,11 +178,36 @@ def _made(
     return found
 
 
-def _refused(candidates: Sequence[_Candidate]) -> dict[tuple[str, str], str]:
+def _timed(
+    candidates: Sequence[_Candidate],
+    runtimes: Sequence[str],
+    refused: dict[tuple[str, str], str],
+    device: str | None,
+    progress: Progress,
+) -> LatencyReport:
+    """All variants in turns, on ``device`` or here."""
+    how: dict[str, Any] = {"runtimes": runtimes, "repetitions": _TURNS, "probe_limits": False}
+    if device is None:
+        return latency(
+            *(each.artifact for each in candidates),
+            names=[each.type for each in candidates],
+            without=refused,
+            progress=progress,
+            **how,
+        )
+    bad = {kind for kind, _ in refused}
+    paths = [each.artifact.path for each in candidates if each.type not in bad]  # named as types
+    with open_target(device) as target:
+        return latency_on(target, *paths, progress=progress, **how)
+
+
+def _refused(
+    candidates: Sequence[_Candidate], runtimes: Sequence[str]
+) -> dict[tuple[str, str], str]:
     """(type, runtime) -> why that engine does not run it."""
     found = {}
     for each in candidates:
-        for name in _runtimes():
+        for name in runtimes:
             try:
                 session = RUNTIMES.load(name)().load(each.artifact.model_path, LoadParams())
                 with session:

@@ -19,6 +19,7 @@ from edgekit.receipt import Gates, Receipt
 from edgekit.recipe import VIAS
 from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
+from edgekit.target import LOCAL
 
 _RECIPE = ("bits", "overrides", "chunks")
 _GATES = ("max_kld", "max_kld_p99", "min_top1", "min_cosine", "max_ppl_ratio", "min_speed_ratio")
@@ -155,6 +156,11 @@ def _pairs(
     type=click.Choice(["latency", "size", "accuracy"]),
     help="ONNX: try the sensible types and runtimes on this machine, and keep the best.",
 )
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="With --optimize-for: try them there, on a device of yours or an SSH host.",
+)
 @click.option("--dry-run", is_flag=True, help="Show sizes and types; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
@@ -174,6 +180,7 @@ def command(
     goal: str | None,
     explain_loss: bool,
     against: tuple[Path, ...],
+    device: str | None,
     **fields: Any,
 ) -> None:
     """Make a verified artifact from MODEL.
@@ -186,9 +193,14 @@ def command(
     edgekit export ./TinyLlama-1.1B --type Q5_K_M --calibration my-texts.txt
     edgekit export smollm2-135m --bits 4 --max-kld 0.1 --max-size 120MB
     edgekit export ./vit-tiny --format onnx --bits 8 --eval-data photos/
-    edgekit export net.py:make --format onnx --optimize-for latency
+    edgekit export net.py:make --format onnx --optimize-for latency --device rpi5
     edgekit export smollm2-135m --format onnx --bits 4 --against build/smollm2-135m-q4_k_m
     """
+    if device is not None and goal is None:
+        raise UsageError(
+            "--device says where --optimize-for tries its variants",
+            hint=f"edgekit bench ARTIFACT --device {device} measures one there",
+        )
     limits = {name: fields.pop(name) for name in _GATES}
     gates = Gates(max_size_bytes=fields.pop("max_size"), **limits)
     if from_manifest is not None:
@@ -247,6 +259,7 @@ def command(
             *(source, goal, out, options, gates),
             eval_data=eval_data,
             against=against,
+            device=None if device == LOCAL else device,
             as_json=as_json,
         )
         return _render(artifact, as_json)

@@ -22,6 +22,7 @@ def tuned(
     *,
     eval_data: Path | None,
     against: tuple[Path, ...],
+    device: str | None,
     as_json: bool,
 ) -> Artifact:
     """Try, keep the best, and show the table of all."""
@@ -40,6 +41,7 @@ def tuned(
             chunks=options.chunks,
             fusion=options.fusion,
             admit=admit if against else None,
+            device=device,
             progress=progress,
         )
     tuning = Receipt.from_dict(artifact.receipt).tuning

@@ -135,7 +135,11 @@ def agreement(found: Agreement) -> Iterator[Row]:
 
 
 def _tuning(found: Tuning) -> Iterator[Row]:
-    yield "runtime", f"{found.runtime}, the best of {len(found.variants)} variants for {found.goal}"
+    where = f" on {found.device}" if found.device else ""
+    yield (
+        "runtime",
+        f"{found.runtime}, the best of {len(found.variants)} variants for {found.goal}{where}",
+    )
 
 
 def _ranking(found: Ranking) -> str:

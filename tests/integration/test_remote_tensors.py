@@ -14,9 +14,10 @@ import tiny_torch
 from PIL import Image
 
 import edgekit
-from edgekit import remote_tensors
-from edgekit.errors import EdgekitError, RemoteCommandError, UsageError
+from edgekit import remote_tensors, tune
+from edgekit.errors import EdgekitError, GateError, RemoteCommandError, UsageError
 from edgekit.exporter import export
+from edgekit.receipt import Gates
 from edgekit.target import Local, open_target
 
 _PI5 = {
@@ -101,6 +102,32 @@ def test_a_bench_on_a_board_is_the_same_bench(
     assert sum(row["share"] for row in body["operators"]) == pytest.approx(1)
     assert "upload to board" in done.stderr and "MultiHeadAttention" in done.stdout
     assert sshd.eventually(lambda: not sshd.processes_with(f"{board.home}/venv/bin/python"))
+
+
+def test_an_export_is_optimized_for_a_board(
+    board: sshd.Board, cli: Callable[..., Any], vit: Path, tmp_path: Path
+) -> None:
+    source = vit.parent / "source"
+    words = ("--format", "onnx", "--min-cosine", "0.5", "--device", "board", "--json")
+    done = cli("export", source, *words)
+    assert done.code == 2 and "--optimize-for" in done.stderr
+    done = cli("export", source, "--optimize-for", "latency", *words, "--out", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    tuning = json.loads(done.stdout)["receipt"]["tuning"]
+    assert tuning["device"] == "board" and {each["runtime"] for each in tuning["variants"]} == {
+        "ort"
+    }
+    assert {"F32", "static_wi8_ai8"} <= {each["type"] for each in tuning["variants"]}
+    assert tuning["cpu"] == "Cortex-A76"
+
+
+@pytest.mark.slow
+def test_a_gate_on_speed_is_one_on_the_times_of_the_board(
+    board: sshd.Board, vit: Path, tmp_path: Path
+) -> None:
+    gates = Gates(min_speed_ratio=1000)
+    with pytest.raises(GateError, match="the speed of float"):
+        tune.tune(vit.parent / "source", "size", out=tmp_path, gates=gates, device="board")
 
 
 @pytest.mark.slow
