@@ -12,6 +12,7 @@ import click
 
 from edgekit.artifact import Artifact
 from edgekit.cli import export_tuned, lists, show, show_receipt
+from edgekit.device_config import LOCAL
 from edgekit.errors import UsageError
 from edgekit.export_again import repeat
 from edgekit.exporter import Admission, ExportOptions, ExportPlan, Progress, export, plan
@@ -19,7 +20,6 @@ from edgekit.receipt import Gates, Receipt
 from edgekit.recipe import VIAS
 from edgekit.registry import EXPORTERS
 from edgekit.source import source as find_source
-from edgekit.target import LOCAL
 
 _RECIPE = ("bits", "overrides", "chunks")
 _GATES = ("max_kld", "max_kld_p99", "min_top1", "min_cosine", "max_ppl_ratio", "min_speed_ratio")
