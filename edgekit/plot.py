@@ -6,6 +6,7 @@ Knows sizes, colours and files; never what is drawn.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,13 @@ def check_form(path: Path) -> None:
     """Raises UsageError for a file that is neither .png nor .svg: before the work, not after."""
     if path.suffix.lower() not in FORMS:
         raise UsageError(f"cannot draw {path.name}", hint=f"end it in {' or '.join(FORMS)}")
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Those between two figures, for a logarithmic scale: 1, 2, 5, 10, ..."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 300 * low else (1,)
+    return [step * 10.0**n for n in decades for step in steps if low <= step * 10.0**n <= high]
 
 
 @contextmanager

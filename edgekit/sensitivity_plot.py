@@ -182,15 +182,8 @@ def _inputs(models: Sequence[ModelRows], path: Path) -> None:
                 else:
                     axes.set_xlabel("layer")
             bar = figure.colorbar(image, ax=list(grid[row]), shrink=0.9, label=title)
-            ticks = _ticks(low, high)
+            ticks = plot.round_numbers(low, high)
             bar.set_ticks([math.log10(tick) for tick in ticks], labels=[f"{t:g}" for t in ticks])
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two figures for a logarithmic scale: 1, 2, 5, 10, ..."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high < 300 * low else (1,)
-    return [step * 10.0**n for n in decades for step in steps if low <= step * 10.0**n <= high]
 
 
 def _table(

@@ -274,6 +274,9 @@ def draw(path: Path, trials: Sequence[Tried], chosen: Tried, *, where: str) -> N
             label=f"chosen (trial {chosen.number})",
         )
         axes.set_xscale("log")
+        ticks = plot.round_numbers(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(f"latency, ms, {where}; larger points take more memory")
         axes.set_ylabel("held-out accuracy, %")
         axes.legend()

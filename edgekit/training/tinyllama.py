@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from edgekit import _fs
 from edgekit.errors import RecipeError
-from edgekit.training import checkpoint, deploy, language, optimizer, texts
+from edgekit.training import bootstrap, checkpoint, deploy, language, optimizer, texts
 from edgekit.training.experts import balances, unstacked
 from edgekit.training.kneser_ney import KneserNey
 from edgekit.training.llama import Llama, Shape
@@ -119,12 +119,18 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
         results.append(_result(run, settings, "dense twin", dense, twin))
     if settings.ngram and run.main:
         whole = np.asarray(tokens["train"])
-        results.append(judge_ngram(whole, held, held_bytes, shape.vocab))
         read = settings.steps * settings.batch * settings.length
+        rivals = {"": whole}
         if read < len(whole):
-            part = texts.spread(whole, read, 8 * settings.length)
-            fair = judge_ngram(part, held, held_bytes, shape.vocab)
-            results.append(replace(fair, name=f"{fair.name}, as many tokens"))
+            rivals[", as many tokens"] = texts.spread(whole, read, 8 * settings.length)
+        model = Llama(shape)
+        model.load_state_dict(pretrained.state)
+        ours = losses_of(held, settings.length)(model.eval())
+        for more, read_by_it in rivals.items():
+            rival, nats = judge_ngram(read_by_it, held, held_bytes, shape.vocab)
+            results.append(replace(rival, name=rival.name + more))
+            theirs = by_window(nats, held, settings.length)
+            remarks.append(ahead(results[0].name, ours, results[-1].name, theirs, held_bytes))
     tuned, figures = pretrained, None
     if settings.pairs:
         tuned, figures = tune(run, settings, shape, tokenizer, pretrained)
@@ -256,17 +262,32 @@ def losses_of(held: np.ndarray[Any, Any], length: int) -> Callable[[torch.nn.Mod
 
 def judge_ngram(
     train: np.ndarray[Any, Any], held: np.ndarray[Any, Any], held_bytes: int, vocab: int
-) -> Result:
-    """The same figures of the Kneser-Ney model."""
+) -> tuple[Result, torch.Tensor]:
+    """The same figures of the Kneser-Ney model, and its nats of each token but the first."""
     model = KneserNey(train, vocab)
-    total = -float(model.log_probabilities(held).sum())
-    return Result(
-        f"{model.order}-gram Kneser-Ney",
-        {
-            "loss": total / (len(held) - 1),
-            "bits_per_byte": total / math.log(2) / held_bytes,
-            "trained_tokens": float(len(train)),
-        },
+    nats = -torch.from_numpy(np.asarray(model.log_probabilities(held))).double()
+    total = float(nats.sum())
+    figures = {
+        "loss": total / (len(held) - 1),
+        "bits_per_byte": total / math.log(2) / held_bytes,
+        "trained_tokens": float(len(train)),
+    }
+    return Result(f"{model.order}-gram Kneser-Ney", figures), nats
+
+
+def by_window(nats: torch.Tensor, held: np.ndarray[Any, Any], length: int) -> torch.Tensor:
+    """``nats`` of all tokens of ``held`` but the first, summed over the targets of each window."""
+    counts = (texts.windows(held, length)[1] >= 0).sum(1)
+    return torch.stack([part.sum() for part in nats.split(counts.tolist())])
+
+
+def ahead(name: str, ours: torch.Tensor, rival: str, theirs: torch.Tensor, held_bytes: int) -> str:
+    """How far apart two models are whose nats of each window of the held-out text these are."""
+    bits = len(ours) / math.log(2) / held_bytes  # so that the mean of the windows is per byte
+    gain = bootstrap.paired((bits * ours).tolist(), (bits * theirs).tolist())
+    return (
+        f"bits per byte of {name} less those of {rival}: {gain.value:+.3f} [{gain.low:+.3f},"
+        f" {gain.high:+.3f}] (95%, paired bootstrap over {len(ours)} pieces of held-out text)"
     )
 
 

@@ -240,6 +240,16 @@ def test_judging_weighs_each_held_out_token_once() -> None:
     assert found["bits_per_byte"] == pytest.approx(99 * math.log2(7) / 50, rel=1e-6)
 
 
+def test_two_models_are_held_against_each_other_window_by_window() -> None:
+    held, nats = np.arange(101) % 7, torch.arange(1.0, 101.0).double()
+    windows = tinyllama.by_window(nats, held, length=16)
+    # The first window has 16 targets, each of the others 8, the last one what is left.
+    assert windows[0] == nats[:16].sum() and windows[1] == nats[16:24].sum()
+    assert windows.sum() == nats.sum()
+    said = tinyllama.ahead("a", windows + math.log(2), "b", windows, held_bytes=100)
+    assert "a less those of b: +0.120 [+0.120, +0.120]" in said and "12 pieces" in said
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [(b"\xff\xfe" * 50_000, "not UTF-8"), (b"short\n", "1 blocks"), (b"", "0 blocks")],
