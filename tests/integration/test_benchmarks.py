@@ -105,3 +105,22 @@ def test_a_missing_folder_is_one_clear_line(
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "none" in line
+
+
+@pytest.mark.parametrize("recipe", ["minimal", "edgekit-tiny", "finetune", "prune", "front-prune"])
+def test_settings_of_ones_own_take_the_place_of_a_trainings(recipe: str) -> None:
+    script = ROOT / "benchmarks" / "train" / "run"
+    done = subprocess.run(
+        [script, recipe, "steps=7", "threads=2", "seed=3"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "echo", "OUT": "out"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    trainings = [line.split() for line in done.stdout.splitlines() if " edgekit train " in line]
+    assert trainings
+    for words in trainings:
+        pairs = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"]
+        settings = dict(pair.split("=", 1) for pair in pairs)
+        assert len(settings) == len(pairs), words
+        assert (settings["steps"], settings["threads"], settings["seed"]) == ("7", "2", "3")
