@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_settings_of_ones_own_take_the_place_of_a_trainings(recipe: str) -> None
     trainings = [line.split() for line in done.stdout.splitlines() if " edgekit train " in line]
     assert trainings
     for words in trainings:
-        pairs = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"]
+        pairs = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
         settings = dict(pair.split("=", 1) for pair in pairs)
         assert len(settings) == len(pairs), words
         assert (settings["steps"], settings["threads"], settings["seed"]) == ("7", "2", "3")
