@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgekit import language_header, model_cost, probe, profile, roofline
+from edgekit import model_cost, probe, profile, roofline
 from edgekit.artifact import Artifact
 from edgekit.bench_models import Model, file_of
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import EdgekitError
 from edgekit.exporter import Progress, no_progress
 from edgekit.model_cost import ModelCost
 from edgekit.profile import Profile
@@ -94,15 +94,10 @@ def profiles(
         rows = rows or report.rows_of(facts.name)
         best = max([row for row in rows if row.n_gen] or rows, key=lambda row: row.tok_s)
         n_prompt = max((row.n_prompt for row in rows), default=0) or _PROFILED_PROMPT
-        path = file_of(given)
-        if language_header.is_onnx(path):
-            raise UsageError(
-                f"--profile looks into llama.cpp's graph, and {facts.name} is no GGUF file",
-                hint="leave out --profile",
-            )
-        found.append(
-            profile.profile(path, n_prompt=n_prompt, threads=best.n_threads, progress=progress)
+        part = profile.profile(
+            file_of(given), n_prompt=n_prompt, threads=best.n_threads, progress=progress
         )
+        found.append(replace(part, model=facts.name))
     return found
 
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit import _proc, plot
+from edgekit import _proc, language_header, plot
 from edgekit.errors import UsageError
 from edgekit.exporter import Progress, no_progress
-from edgekit.formats import gguf
+from edgekit.formats import gguf, onnx
 
 _SILENCE_S = 600
 _FILE_COPIES = 3
@@ -128,7 +128,7 @@ def profile(
     threads: int,
     progress: Progress = no_progress,
 ) -> Profile:
-    """Time every operator of a GGUF file, for a prompt and for tokens decoded behind it.
+    """Time every operator of a language model, for a prompt and for tokens decoded behind it.
 
     Each phase runs a few times with and without the stopwatch, in turn, in a child process; the
     fastest runs count. Raises UsageError for impossible counts or more tokens than the model was
@@ -156,9 +156,10 @@ def count_operators(model: Path) -> int:
 
 
 def _child(function: str, model: Path, asked: dict[str, int], progress: Progress) -> Any:
-    gguf.read(model)  # the engine sees no file that this refuses
+    is_onnx = language_header.is_onnx(model)
+    (onnx if is_onnx else gguf).read(model)  # the engine sees no file that this refuses
     return _proc.call(
-        f"edgekit.runtimes.llama_profile:{function}",
+        f"edgekit.runtimes.{'ort_lm' if is_onnx else 'llama'}_profile:{function}",
         {"path": str(model.absolute()), **asked},
         silence_s=_SILENCE_S,
         memory_bytes=_FILE_COPIES * model.stat().st_size + _ENGINE_BYTES,
@@ -217,7 +218,7 @@ def _draw_kinds(axis: Any, phase: Phase, colour: str) -> None:
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.12)
     axis.set_xlabel("ms")
-    axis.set_title(_title(phase), fontsize=9)
+    axis.set_title(_title(phase), fontsize=9, loc="right")  # room is to the left, over the names
 
 
 def _draw_layers(axis: Any, phase: Phase, colour: str) -> None:
@@ -225,7 +226,7 @@ def _draw_layers(axis: Any, phase: Phase, colour: str) -> None:
     outside = layers.pop(OUTSIDE, 0.0)
     axis.bar([int(layer) for layer in layers], list(layers.values()), color=colour)
     axis.grid(visible=False, axis="x")
-    axis.set_xlabel(f"layer ({OUTSIDE}: {outside:.2f} ms)")
+    axis.set_xlabel(f"layer\n({OUTSIDE}: {outside:.2f} ms)")
     axis.set_ylabel("ms")
 
 

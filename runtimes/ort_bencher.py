@@ -30,8 +30,10 @@ class OrtBencher:
         flash_attention: bool = True,
         n_seqs: int = 1,
         spin: bool = True,
+        profile_to: Path | None = None,
     ) -> None:
-        """What ``LlamaBencher`` takes, as far as this engine can do it.
+        """What ``LlamaBencher`` takes, as far as this engine can do it; ``profile_to`` as in
+        ``OrtEngine``.
 
         Raises UsageError, CorruptArtifactError, LoadError.
         """
@@ -42,7 +44,14 @@ class OrtBencher:
         if kv_type != "f32" or not flash_attention:
             raise UsageError("an ONNX language model has one cache (f32) and one way of attention")
         onnx.read(path)
-        self._engine = OrtEngine(path, n_ctx=n_ctx, n_batch=n_batch, threads=threads, spin=spin)
+        self._engine = OrtEngine(
+            path,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            threads=threads,
+            spin=spin,
+            profile_to=profile_to,
+        )
         self._random = np.random.default_rng(0)
         self._depth = 0
 
@@ -75,6 +84,10 @@ class OrtBencher:
             seconds.append(now - before)
             before = now
         return seconds
+
+    def end_profile(self) -> Path:
+        """The profiler's file, complete."""
+        return self._engine.end_profile()
 
     def _read(self, tokens: list[int]) -> None:
         size = self._engine.n_batch

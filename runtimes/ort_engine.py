@@ -47,9 +47,11 @@ class OrtEngine:
         threads: int,
         hidden: bool = False,
         spin: bool = True,
+        profile_to: Path | None = None,
     ) -> None:
         """Load ``path``. ``hidden``: ``embeddings`` works. ``spin``: waiting threads burn their
-        cores, which is faster alone.
+        cores, which is faster alone. ``profile_to``: where the engine's profiler writes what each
+        operator takes (``end_profile``).
 
         Raises LoadError with the engine's reason, UsageError for an n_ctx above the trained one,
         CorruptArtifactError for files beside the model that are broken.
@@ -71,7 +73,7 @@ class OrtEngine:
         self.tokenize, self.tokenize_on = tokens.tokenize, tokens.tokenize_on
         self.piece, self.token_text = tokens.piece, tokens.token_text
         self.control_texts = tokens.control_texts
-        self._session: Any = started(path, threads, spin=spin)
+        self._session: Any = started(path, threads, spin=spin, profile_to=profile_to)
         try:
             self._make_cache()
             self._with_hidden = hidden
@@ -206,6 +208,10 @@ class OrtEngine:
         """Not offered."""
         return False
 
+    def end_profile(self) -> Path:
+        """The profiler's file, complete."""
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         """Free everything; closing twice is fine."""
         self._session = None
@@ -214,11 +220,13 @@ class OrtEngine:
         self._cells, self._ort_cells = {}, {}
 
 
-def started(path: Path, threads: int, *, spin: bool = True) -> Any:
+def started(path: Path, threads: int, *, spin: bool = True, profile_to: Path | None = None) -> Any:
     """An engine's session, its weights in large pages. Raises LoadError."""
     options = ort_start.options_for(threads)
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     pages = HugePages()
     session = ort_start.opened(path, options)
     pages.collapse()

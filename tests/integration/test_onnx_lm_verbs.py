@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from conftest import Ran
 
 import edgekit
 from edgekit import language_header, model_cost
@@ -101,6 +102,25 @@ def test_both_formats_stand_in_one_table(
         edgekit.bench(artifact, kv_types=("q8_0",), probe=False)
     with pytest.raises(UsageError, match="one sequence"):
         edgekit.bench(artifact, batches=(2,), probe=False, sessions=False, threads=(1,))
+
+
+def test_a_profile_names_weights_and_layers(
+    float_model: Float, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = float_model("llama3").path
+    words = ("-p", "16", "-n", "4", "-r", "1", "-t", "1", "--no-probe", "--no-session")
+    done = cli("bench", path, *words, "--profile", "--json", "--out", tmp_path / "speed.png")
+    assert done.code == 0, done.stderr
+    (found,) = json.loads(done.stdout)["profiles"]
+    for phase in (found["prefill"], found["decode"]):
+        assert {"0", "1", "outside the layers"} <= set(phase["by_layer"])
+        kinds = {(each["operator"], each["weight"]) for each in phase["operators"]}
+        assert {("MatMul", "qkv"), ("MatMul", "down"), ("GroupQueryAttention", "")} <= kinds
+        # Each matrix of a layer is used once in a pass, however many passes were timed.
+        counts = [each["count"] for each in phase["operators"] if each["weight"] == "qkv"]
+        assert counts == [1.0] * len(counts)
+        assert 0 < phase["operator_ms"] <= 1.05 * phase["profiled_ms"]
+    assert (tmp_path / "speed-profile.png").stat().st_size > 5000
 
 
 def test_a_verdict_names_the_roof_it_was_held_against(float_model: Float) -> None:
