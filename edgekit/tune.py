@@ -6,7 +6,7 @@ exporters' business, how it is timed that of ``latency``, here or on a board.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ _TYPES = {
 }
 HEAD = ("", "type", "runtime", "MB", "ms", "times float", "cosine", "same", "")
 _TURNS = 5
+_RACED = "auto"  # Recipe.fusion: passes that are slower are left out
+_SLOWER = 1.02
 _SAMPLES = 64
 # Without gates of the user's a candidate must keep the one or, if it classifies, the other.
 _LEAST_COSINE, _LEAST_CLASSES = 0.995, 0.93
@@ -87,19 +89,25 @@ def tune(
     data = Path(eval_data) if eval_data is not None else None
     options = {"calibration": calibration, "chunks": chunks}
     out = Path(out)
+    race_there = device is not None and fusion == _RACED
+    if race_there:
+        fusion = ",".join(_passes())
     with _fs.scratch(out.absolute().with_name(f"{out.name}.tuning")) as folder:
         candidates = _made(source, folder, options, fusion, progress)
         runtimes = _runtimes(device)
         refused = _refused(candidates, runtimes)
         report = _timed(candidates, runtimes, refused, device, progress)
         variants = _judged(candidates, report, gates, data, progress)
-    chosen = best(variants, goal)
-    if chosen is None:
-        raise GateError(
-            "no variant passes: "
-            + "; ".join(f"{v.type} in {v.runtime}: {v.why_not}" for v in variants),
-            hint="nothing was kept; choose other gates, or export one --type",
-        )
+        chosen = best(variants, goal)
+        if chosen is None:
+            raise GateError(
+                "no variant passes: "
+                + "; ".join(f"{v.type} in {v.runtime}: {v.why_not}" for v in variants),
+                hint="nothing was kept; choose other gates, or export one --type",
+            )
+        if race_there:
+            (whole,) = (each.artifact for each in candidates if each.type == chosen.type)
+            fusion = _not_slower(whole, source, options, device, progress)
     threads = next(
         row.n_threads
         for row in report.rows
@@ -129,6 +137,63 @@ def tune(
         progress=progress,
         **_for_type(options, chosen.type),
     )
+
+
+def _passes() -> list[str]:
+    """Names of all passes of kernel fusion, in their order."""
+    from edgekit.exporters import passes
+
+    return list(passes.PASSES)
+
+
+def _not_slower(
+    whole: Artifact,
+    source: ModelSource,
+    options: dict[str, Any],
+    device: str | None,
+    progress: Progress,
+) -> str:
+    """The passes of ``whole`` that are not slower on ``device``, in the words of Recipe.fusion: its
+    graph runs there in turns with those that lack one pass each.
+    """
+    from edgekit.exporters import passes
+
+    assert device is not None
+    fired = whole.manifest.details["passes"]
+    raced = [name for name in _passes() if fired.get(name) and name not in passes.UNMEASURED]
+    kind = whole.manifest.recipe.type
+    lacking = {
+        name: export(
+            source,
+            _FORMAT,
+            out=whole.path.with_name(f"{kind}-without-{name}"),
+            type=kind,
+            fusion=",".join(each for each in _passes() if each != name),
+            receipt=False,
+            progress=partial(_told, progress, f"without {name}"),
+            **_for_type(options, kind),
+        ).path
+        for name in raced
+    }
+    if not lacking:
+        return whole.manifest.recipe.fusion
+    with open_target(device) as target:
+        report = latency_on(
+            *(target, whole.path, *lacking.values()),
+            runtimes=_runtimes(device),
+            repetitions=_TURNS,
+            probe_limits=False,
+            progress=progress,
+        )
+    first, *others = report.rows
+    slower = slower_passes(first, dict(zip(lacking, others, strict=True)))
+    return ",".join(name for name in _passes() if name not in slower)
+
+
+def slower_passes(whole: LatencyRow, lacking: Mapping[str, LatencyRow]) -> set[str]:
+    """Those without which the graph is faster: by more than chance, and by 2% at the least."""
+    gains = {name: row.times_faster_than(whole) for name, row in lacking.items()}
+    return {name for name, gain in gains.items() if gain.low > 1 and gain.value > _SLOWER}
 
 
 def _for_type(options: dict[str, Any], kind: str) -> dict[str, Any]:

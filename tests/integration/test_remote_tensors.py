@@ -15,6 +15,7 @@ from PIL import Image
 
 import edgekit
 from edgekit import remote_tensors, tune
+from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError, GateError, RemoteCommandError, UsageError
 from edgekit.exporter import export
 from edgekit.receipt import Gates
@@ -104,6 +105,7 @@ def test_a_bench_on_a_board_is_the_same_bench(
     assert sshd.eventually(lambda: not sshd.processes_with(f"{board.home}/venv/bin/python"))
 
 
+@pytest.mark.slow
 def test_an_export_is_optimized_for_a_board(
     board: sshd.Board, cli: Callable[..., Any], vit: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +121,9 @@ def test_an_export_is_optimized_for_a_board(
     }
     assert {"F32", "static_wi8_ai8"} <= {each["type"] for each in tuning["variants"]}
     assert tuning["cpu"] == "Cortex-A76"
+    passes = Artifact.open(tmp_path / "out").manifest
+    # Which ones stay was decided there: nothing of it was measured here, and all can be named.
+    assert not passes.receipt.get("fusion") and passes.recipe.fusion != "auto"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from edgekit import tune
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import GateError, UsageError
 from edgekit.intervals import Interval
+from edgekit.latency_report import LatencyRow
 from edgekit.receipt import Gates, Receipt, Tuning, Variant
 from edgekit.registry import RUNTIMES
 from edgekit.runtime import load, runtime_of
@@ -62,6 +63,21 @@ def test_the_table_marks_the_winner_and_names_what_is_slower() -> None:
     lines = tune.table(Tuning("latency", "openvino", 2, "CPU", variants))
     assert [line[0] for line in lines] == ["", "", "*"]
     assert [line[-1] for line in lines] == ["", "SLOWER than float", ""]
+
+
+def test_a_pass_that_is_slower_on_the_board_is_left_out() -> None:
+    def row(*turns_ms: float) -> LatencyRow:
+        turns = tuple((each,) for each in turns_ms)
+        return LatencyRow("", 1, 1, turns, 0.1, None, None, 1, None, None, None)
+
+    whole = row(10.0, 10.1, 9.9, 10.0)
+    lacking = {
+        "worth": row(12.0, 12.1, 11.9, 12.0),  # without it the graph is slower
+        "harmful": row(8.0, 8.1, 7.9, 8.0),
+        "little": row(9.9, 10.0, 9.8, 9.9),  # surely, but only by 1%
+        "noisy": row(7.0, 12.0, 7.0, 12.0),
+    }
+    assert tune.slower_passes(whole, lacking) == {"harmful"}
 
 
 def test_a_goal_nobody_knows_is_refused(tmp_path: Path) -> None:
