@@ -179,7 +179,8 @@ def _not_slower(
         return whole.manifest.recipe.fusion
     with open_target(device) as target:
         report = latency_on(
-            *(target, whole.path, *lacking.values()),
+            target,
+            *(whole.path, *lacking.values()),
             runtimes=_runtimes(device),
             repetitions=_TURNS,
             probe_limits=False,
