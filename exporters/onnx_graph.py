@@ -5,17 +5,18 @@ Knows the package onnx; never a pattern, and never what a change is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgekit import _fs
-from edgekit.errors import ExportError
+from edgekit.errors import ExportError, UnsafePathError
 from edgekit.formats import onnx as reader
+from edgekit.formats.foreign import shown
 
 MICROSOFT = "com.microsoft"
 # A protobuf holds 2 GiB at most.
@@ -34,8 +35,10 @@ def load(path: Path) -> Any:
 def save(model: Any, path: Path) -> None:
     """Write a model so that equal models have equal bytes: no names of tools, no notes.
 
-    Weights of more than 1.5 GiB go to ``<name>.data`` beside it.
+    Weights of more than 1.5 GiB go to ``<name>.data`` beside it, and no weight may lie elsewhere:
+    raises UnsafePathError before anything is written.
     """
+    _check_places(model, path)
     model.producer_name, model.producer_version = "edgekit", ""
     model.doc_string = model.graph.doc_string = ""
     model.graph.name = "model"
@@ -48,6 +51,32 @@ def save(model: Any, path: Path) -> None:
             onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
         else:
             path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _check_places(model: Any, path: Path) -> None:
+    for tensor in _tensors(model):
+        if tensor.data_location != TensorProto.EXTERNAL and not tensor.external_data:
+            continue
+        places = [entry.value for entry in tensor.external_data if entry.key == "location"]
+        # Of two places nobody knows which one an engine takes.
+        if places != [f"{path.name}.data"]:
+            raise UnsafePathError(
+                f"{path.name} would send to {shown(', '.join(places))} for the weight"
+                f" {shown(tensor.name)}",
+                hint="do not use this model",
+            )
+        _fs.contained(path.parent, places[0])  # a link leads elsewhere too
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """All of a model, those in nodes, subgraphs, functions and training graphs too."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in [value] if hasattr(value, "ListFields") else value:
+                yield from _tensors(each)
 
 
 class Graph:

@@ -49,9 +49,9 @@ class OrtRuntime:
         steps = preprocess.beside(path)
         if steps.matching is None:
             return self._load(path, params, steps)
+        beside = _fs.contained(path.parent, steps.matching.text_model)
         image, text = preprocess.encoders(steps)
         first = self._load(path, params, image)
-        beside = _fs.contained(path.parent, steps.matching.text_model)
         return TwoEncoders(first, self._load(beside, params, text), steps.matching)
 
     def _load(self, path: Path, params: LoadParams, steps: Preprocessing) -> OrtSession:
