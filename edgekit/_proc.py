@@ -16,8 +16,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
 from edgekit import errors
@@ -47,6 +49,30 @@ def _prepare(memory_bytes: int | None) -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Inside the block signals with handlers of Python's are noted; behind it they are handled.
+
+    While Python forks it runs hooks of its libraries (logging, torch), and what a handler raises in
+    one of those is printed and lost: Ctrl-C would be ignored. A large process forks for long.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
+        yield
+        return
+    noted: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: h for number in numbers if callable(h := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for came in noted:
+            signal.raise_signal(came)
+
+
 def call(
     function: str,
     arguments: dict[str, Any],
@@ -69,18 +95,20 @@ def call(
     read_end, write_end = os.pipe()
     code = _python("edgekit._proc:_answer")
     request = {"function": function, "arguments": arguments, "fd": write_end}
-    process = subprocess.Popen(
-        [*_PYTHON, code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=(write_end,),
-        preexec_fn=lambda: _prepare(memory_bytes),
-    )
-    os.close(write_end)
+    process: subprocess.Popen[bytes] | None = None
     answer: dict[str, Any] | None = None
     limit_s = timeout_s if silence_s is None else silence_s
     try:
+        with _signals_wait():
+            process = subprocess.Popen(
+                [*_PYTHON, code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(write_end,),
+                preexec_fn=lambda: _prepare(memory_bytes),
+            )
+        os.close(write_end)
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             assert process.stdin is not None
             try:
@@ -100,7 +128,8 @@ def call(
         how = "took longer than" if silence_s is None else "gave no sign of life for"
         raise DeadlineError(f"{what} {how} {limit_s:g} s and was stopped") from None
     finally:
-        kill(process)
+        if process is not None:
+            kill(process)
     if answer is None:
         how = describe_exit(process.returncode)
         raise EngineCrashedError(f"{what} failed: the engine's process {how}")
@@ -153,14 +182,15 @@ class Worker:
 
     def __init__(self, function: str, *, timeout_s: float, what: str) -> None:
         """Raises EngineCrashedError if the child is not ready within ``timeout_s`` seconds."""
-        self._process = subprocess.Popen(
-            [*_PYTHON, _python(function)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            preexec_fn=_own_group,
-        )
+        with _signals_wait():  # the child ends with its stdin, should one raise here
+            self._process = subprocess.Popen(
+                [*_PYTHON, _python(function)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                preexec_fn=_own_group,
+            )
         if self._line(timeout_s) is None:
             self.close()
             raise EngineCrashedError(f"{what} did not start")

@@ -153,3 +153,27 @@ def test_programs_run_without_a_shell() -> None:
         _proc.run(["no-such-program"], timeout_s=10)
     with pytest.raises(DeadlineError):
         _proc.run(["sleep", "5"], timeout_s=0.2)
+
+
+# What a library registers to run whenever Python forks, as logging and torch do; this one takes so
+# long that the signal comes meanwhile.
+FORKS = """
+import os, signal, sys
+from edgekit import _proc
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+os.register_at_fork(before=lambda: os.kill(os.getpid(), getattr(signal, sys.argv[2])))
+if sys.argv[1] == "call":
+    _proc.call("json:dumps", {"obj": 1}, timeout_s=60, what="a call")
+else:
+    _proc.Worker("edgekit._proc:_answer", timeout_s=5, what="a worker")
+print("it went on")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["call", "worker"])
+def test_a_signal_that_comes_while_a_child_is_forked_is_not_lost(how: str, name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS, how, name], capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.returncode == (-signal.SIGINT if name == "SIGINT" else 143), done.stderr
