@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -152,46 +154,132 @@ def test_a_stopped_export_leaves_nothing_within_5_s(
     assert not any(lives(pid) for pid in engine)
 
 
-def onnx_export(folder: Path) -> tuple[str, ...]:
-    """A ViT of two blocks to ONNX, without its receipt."""
-    model = tiny_torch.vit_folder(folder / "model")
-    return (str(model), "--format", "onnx", "--chunks", "8", "--no-receipt")
+LANGUAGE = ("fit to the text", "write the graph", "token ids", "compare predictions", "race")
+GRAPHS = ("trace", "quantize", "compare answers", "race")
+# What is exported -> the stages of the work and of its receipt that it goes through.
+STAGES = {
+    "onnx": ("load the model", *GRAPHS[:2], "fuse", *GRAPHS[2:]),
+    "onnx-language": LANGUAGE,
+    "tflite": ("load the model", *GRAPHS),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_kill_9_at_25_points_of_an_onnx_export(folder: Path, tmp_path: Path) -> None:
-    kill_at_random_points(folder, 25, onnx_export(tmp_path))
+def model_of(kind: str, folder: Path) -> tuple[str, ...]:
+    """Arguments of an export with its receipt: a ViT or a llama, of two blocks each."""
+    if kind == "onnx-language":
+        what = [str(tiny.make("llama2", folder / "model")), "--bits", "4", "--chunks", "4"]
+    else:
+        what = [str(tiny_torch.vit_folder(folder / "model"))]
+        what += ["--chunks", "8"] if kind == "onnx" else []
+    return (*what, "--format", kind.partition("-")[0])
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "trace",
-        pytest.param("quantize", marks=pytest.mark.slow),
-        pytest.param("fuse", marks=pytest.mark.slow),
-        pytest.param("compare answers", marks=pytest.mark.slow),
-    ],
-)
-def test_a_stopped_onnx_export_leaves_nothing_within_5_s(
-    folder: Path, tmp_path: Path, stage: str
-) -> None:
-    what = [word for word in onnx_export(tmp_path) if word != "--no-receipt"]
+def kinds(*always: str) -> list[Any]:
+    """All kinds of graphs, those that run ``always`` and those that are slow. A trace to TFLite
+    takes 1.2 GB of packages that not everybody has.
+    """
+    missing = importlib.util.find_spec("litert_torch") is None
+    skip = pytest.mark.skipif(missing, reason="litert-torch is not installed")
+    return [
+        pytest.param(
+            kind,
+            marks=[
+                *([] if kind in always else [pytest.mark.slow]),
+                *([skip] if kind == "tflite" else []),
+            ],
+        )
+        for kind in STAGES
+    ]
+
+
+def at_stage(out: Path, what: Sequence[str], stage: str) -> subprocess.Popen[bytes]:
+    """An export that has come so far."""
     process = subprocess.Popen(
-        [*EDGEKIT, "export", *what, "--out", str(folder / "artifact")],
+        [*EDGEKIT, "export", *what, "--out", str(out)],
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
     assert process.stderr is not None
+    seen = []
     for line in process.stderr:
+        seen.append(line)
         if line.startswith(stage.encode()):
-            break
+            return process
+    raise AssertionError(f"it ended without {stage}: {b''.join(seen)!r}")
+
+
+def gone(pids: Sequence[int]) -> bool:
+    """Whether all of them end within 5 s."""
+    deadline_s = time.monotonic() + 5
+    while any(map(lives, pids)):
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", kinds(*STAGES))
+def test_kill_9_at_25_points_of_a_graph_s_export(folder: Path, tmp_path: Path, kind: str) -> None:
+    kill_at_random_points(folder, 25, (*model_of(kind, tmp_path), "--no-receipt"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kinds(*STAGES))
+def test_kill_9_during_the_proof_of_a_graph_keeps_the_old_artifact(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    what = model_of(kind, tmp_path)
+    old = build(folder / "artifact")
+    stages = STAGES[kind]
+    for stage in stages[stages.index("race") - 1 :]:
+        process = at_stage(folder / "artifact", what, stage)
+        engine = children_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert gone(engine)
+        assert set(visible(folder)) <= {"artifact", "artifact.partial"}
+        assert Artifact.open(folder / "artifact").sha256 == old.sha256
+        old.verify()
+    assert start(folder / "artifact", (*what, "--no-receipt")).wait(timeout=240) == 0
+    assert visible(folder) == ["artifact"]
+    made = Artifact.open(folder / "artifact")
+    made.verify()
+    assert made.sha256 != old.sha256
+
+
+def stops() -> Iterator[Any]:
+    """Each stage of each kind by Ctrl-C, some by SIGTERM; a few of them always."""
+    for kind, mark in zip(STAGES, kinds(*STAGES), strict=True):
+        for stage in STAGES[kind]:
+            for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+                always = (kind, stage, code) in (
+                    ("onnx", "trace", 130),
+                    ("onnx-language", "fit to the text", 143),
+                )
+                marks = [*mark.marks, *([] if always else [pytest.mark.slow])]
+                yield pytest.param(
+                    *(kind, stage, number, code),
+                    marks=marks,
+                    id=f"{kind}-{stage}-{number.name}",
+                )
+
+
+@pytest.mark.parametrize(("kind", "stage", "number", "code"), list(stops()))
+def test_a_stopped_export_of_a_graph_leaves_nothing_within_5_s(
+    folder: Path, tmp_path: Path, kind: str, stage: str, number: signal.Signals, code: int
+) -> None:
+    process = at_stage(folder / "artifact", model_of(kind, tmp_path), stage)
+    engine = children_of(process.pid)
     stopped_s = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert time.monotonic() - stopped_s < 5
-    assert process.returncode == 130
+    assert process.returncode == code
     assert list(folder.iterdir()) == []
+    assert not any(lives(pid) for pid in engine)
 
 
 @pytest.fixture
@@ -241,24 +329,38 @@ def test_a_full_disk_is_one_clear_error_at_20_sizes(
         old.verify()
 
 
-@pytest.mark.parametrize(
-    "steals", [pytest.param(False, marks=pytest.mark.slow), True], ids=["small", "stolen"]
-)
-def test_a_full_disk_is_one_clear_error_of_an_onnx_export(
-    small_disk: Callable[[int], Path], tmp_path: Path, steals: bool
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kinds(*STAGES))
+def test_a_small_disk_is_one_clear_error_of_a_graph_s_export(
+    small_disk: Callable[[int], Path], tmp_path: Path, kind: str
 ) -> None:
-    size = (8 << 20) if steals else (1 << 20)
-    disk = small_disk(size)
+    refused_for_room(small_disk(256 << 10), (*model_of(kind, tmp_path), "--no-receipt"), None)
+
+
+@pytest.mark.parametrize("kind", kinds("onnx", "onnx-language"))
+def test_a_disk_that_fills_up_is_one_clear_error_of_a_graph_s_export(
+    small_disk: Callable[[int], Path], tmp_path: Path, kind: str
+) -> None:
+    # The llama's graph takes more than the ViT's, and its tokenizer lies beside it at once.
+    left = (200 if kind == "onnx-language" else 400) << 10
+    refused_for_room(small_disk(32 << 20), (*model_of(kind, tmp_path), "--no-receipt"), left)
+
+
+def refused_for_room(disk: Path, what: Sequence[str], left_bytes: int | None) -> None:
+    """The export ends in one error and the old artifact stays, on a disk that is too small, or
+    that another writer fills but for ``left_bytes`` once the work has begun.
+    """
     old = build(disk / "artifact")
-    process = start(disk / "artifact", onnx_export(tmp_path))
-    if steals:
+    process = start(disk / "artifact", what)
+    if left_bytes is not None:
         while not (disk / "artifact.partial").exists() and process.poll() is None:
             time.sleep(0.01)
-        hog(disk, size - (400 << 10))
+        free = os.statvfs(disk)
+        hog(disk, free.f_bavail * free.f_frsize - left_bytes)
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 6, stderr
     assert b"error: " in stderr and b"hint: " in stderr and b"Traceback" not in stderr
-    assert visible(disk) == (["artifact", "hog"] if steals else ["artifact"])
+    assert visible(disk) == ["artifact"] + (["hog"] if left_bytes is not None else [])
     assert Artifact.open(disk / "artifact").sha256 == old.sha256
     old.verify()
 
