@@ -27,7 +27,8 @@ flatbuffers = pytest.importorskip("flatbuffers")
 
 SIDE, LENGTH, WIDTH = tiny_torch.SIDE, 16, 64
 PIXELS = 3 * SIDE * SIDE
-_TYPES = {"float32": 0, "int32": 2, "int8": 9}
+Grid = tuple[float, int]  # scale and zero point
+_TYPES = {"float32": 0, "int32": 2, "int8": 9, "int4": 17}
 
 
 class Builder:
@@ -60,6 +61,13 @@ class Builder:
         buffer.data = np.frombuffer(values.tobytes(), np.uint8)
         self.model.buffers.append(buffer)
         self.graph.tensors[number].buffer = len(self.model.buffers) - 1
+        return number
+
+    def on_grid(self, number: int, scale: float, zero: int = 0) -> int:
+        """Its values are ``scale`` times what is stored less ``zero``; its number again."""
+        grid = schema.QuantizationParametersT()
+        grid.scale, grid.zeroPoint, grid.quantizedDimension = [scale], [zero], 0
+        self.graph.tensors[number].quantization = grid
         return number
 
     def operator(self, kind: str, inputs: list[int], outputs: list[int], options: str = "") -> None:
@@ -125,6 +133,48 @@ def table() -> bytes:
     out = build.tensor("hidden", (1, LENGTH, WIDTH))
     build.operator("GATHER", [vectors, ids], [out], "GatherOptions")
     build.ends({"input_ids": ids, "attention_mask": mask}, {"last_hidden_state": out})
+    return build.build()
+
+
+def static(weights: Any, bias: Any, pixels: Grid = (0.02, 0), logits: Grid = (0.1, 0)) -> bytes:
+    """A matrix of int8 between ends of int8, (scale, zero point) each: what a stock converter makes
+    of ``dense``. ``weights`` [classes, pixels], ``bias`` [classes].
+    """
+    classes, width = weights.shape
+    shape = (1, 3, SIDE, SIDE) if width == PIXELS else (1, width)
+    step = float(np.abs(weights).max()) / 127
+    build = Builder()
+    given, out = (build.tensor(*each) for each in (("given", shape), ("out", (1, classes))))
+    image, flat, found = (
+        build.on_grid(build.tensor(name, size, "int8"), *grid)
+        for name, size, grid in (
+            ("image", shape, pixels),
+            ("flat", (1, width), pixels),
+            ("classes", (1, classes), logits),
+        )
+    )
+    size = build.constant("shape", np.array([1, width], np.int32))
+    kernel = build.constant("weights", np.round(weights / step).astype(np.int8))
+    shift = build.constant("bias", np.round(bias / (step * pixels[0])).astype(np.int32))
+    build.on_grid(kernel, step)
+    build.on_grid(shift, step * pixels[0])
+    build.operator("QUANTIZE", [given], [image], "QuantizeOptions")
+    build.operator("RESHAPE", [image, size], [flat], "ReshapeOptions")
+    build.operator("FULLY_CONNECTED", [flat, kernel, shift], [found], "FullyConnectedOptions")
+    build.operator("DEQUANTIZE", [found], [out], "DequantizeOptions")
+    build.ends({"pixel_values": given}, {"logits": out})
+    return build.build()
+
+
+def four_bits() -> bytes:
+    """Floats times a matrix of 4 bits, two values a byte."""
+    build = Builder()
+    given, out = (build.tensor(name, (1, width)) for name, width in (("given", 32), ("out", 8)))
+    kernel = build.constant("weights", np.arange(8 * 16, dtype=np.int8))
+    build.graph.tensors[kernel].shape, build.graph.tensors[kernel].type = [8, 32], _TYPES["int4"]
+    build.on_grid(kernel, 0.1)
+    build.operator("FULLY_CONNECTED", [given, kernel, -1], [out], "FullyConnectedOptions")
+    build.ends({"x": given}, {"y": out})
     return build.build()
 
 

@@ -84,30 +84,8 @@ def _stock_tflite(path: Path, brightness: float) -> None:
     """Both ends and the product in int8, by the least and the largest value seen."""
     weights, bias = _weights()
     images = np.concatenate(_calibration(brightness)).reshape(-1, PIXELS)
-    step = float(np.abs(weights).max()) / 127
-    pixels, logits = _grid(images), _grid(images @ weights.T + bias)
-    build = tiny_tflite.Builder()
-    given, out = (build.tensor(name, shape) for name, shape in (("given", SHAPE), ("out", (1, 10))))
-    small = [
-        _quantized(build, build.tensor(name, shape, "int8"), *grid)
-        for name, shape, grid in (
-            ("image", SHAPE, pixels),
-            ("flat", (1, PIXELS), pixels),
-            ("classes", (1, 10), logits),
-        )
-    ]
-    shape = build.constant("shape", np.array([1, PIXELS], np.int32))
-    kernel = build.constant("weights", np.round(weights / step).astype(np.int8))
-    shift = build.constant("bias", np.round(bias / (step * pixels[0])).astype(np.int32))
-    _quantized(build, kernel, step, 0)
-    _quantized(build, shift, step * pixels[0], 0)
-    image, flat, classes = small
-    build.operator("QUANTIZE", [given], [image], "QuantizeOptions")
-    build.operator("RESHAPE", [image, shape], [flat], "ReshapeOptions")
-    build.operator("FULLY_CONNECTED", [flat, kernel, shift], [classes], "FullyConnectedOptions")
-    build.operator("DEQUANTIZE", [classes], [out], "DequantizeOptions")
-    build.ends({"pixel_values": given}, {"logits": out})
-    path.write_bytes(build.build())
+    grids = _grid(images), _grid(images @ weights.T + bias)
+    path.write_bytes(tiny_tflite.static(weights, bias, *grids))
 
 
 def _grid(values: Any) -> tuple[float, int]:
@@ -115,13 +93,6 @@ def _grid(values: Any) -> tuple[float, int]:
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     scale = (high - low) / 255
     return scale, round(-128 - low / scale)
-
-
-def _quantized(build: tiny_tflite.Builder, number: int, scale: float, zero: int) -> int:
-    grid = tiny_tflite.schema.QuantizationParametersT()
-    grid.scale, grid.zeroPoint, grid.quantizedDimension = [scale], [zero], 0
-    build.graph.tensors[number].quantization = grid
-    return number
 
 
 def _proved(folder: Path, format: str, brightness: float) -> Receipt:
