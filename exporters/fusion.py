@@ -174,4 +174,5 @@ def _session(raw: bytes) -> Any:
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["SkipLayerNormFusion"],
+        enable_fallback=0,  # which prints to stdout, and tries the same again with all optimizers
     )

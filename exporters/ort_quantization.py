@@ -41,7 +41,9 @@ def session(model: Any) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     graph = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )
 
 
 def answers(model: Any, feeds: Feeds) -> list[Any]:

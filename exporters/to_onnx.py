@@ -17,6 +17,7 @@ from edgekit import quant, sample_inputs
 from edgekit.errors import RecipeError
 from edgekit.exporter import ExportOptions, ExportPlan, Product, Progress
 from edgekit.exporters import (
+    foreign_graph,
     fusion,
     onnx_graph,
     onnx_quantizer,
@@ -106,7 +107,10 @@ class OnnxExporter:
         if self._language:
             return self._language.run(source, hashes, plan, folder, progress)
         recipe = plan.recipe
-        with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name:
+        with (
+            foreign_graph.fenced(source),
+            tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as name,
+        ):
             steps, graphs = self._plain(source, Path(name), progress, recipe.via)
             facts = [self._quantize(graph, source, recipe, progress) for graph in graphs]
             # Last, for the library that quantizes does not know the fused operators.

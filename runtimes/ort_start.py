@@ -84,7 +84,7 @@ def opened(path: Path, options: Any, **more: Any) -> Any:
     """An engine's session as it comes, nothing kept. Raises LoadError."""
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], **more
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0, **more
         )
     except Exception as error:  # the engine's own kinds, which have no common base
         raise LoadError(

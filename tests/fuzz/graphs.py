@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import tiny_tflite
 from onnx import TensorProto, helper, numpy_helper
 
@@ -148,6 +149,95 @@ def onnx_mutants(raw: bytes, count: int, seed: str) -> Iterator[bytes]:
             case _:
                 out[start : start + 1] = rng.choice((b"\xff" * 9 + b"\x01", b"\xff\xff\x7f", b"\0"))
         yield bytes(out)
+
+
+def rewired(raw: bytes, count: int, seed: str) -> Iterator[bytes]:
+    """Files that are sound as such, of graphs that are not: other operators, inputs, attributes,
+    shapes, types and values. The same for the same seed.
+    """
+    rng = random.Random(seed)
+    for _ in range(count):
+        model = onnx.ModelProto.FromString(raw)
+        for _ in range(rng.choice((1, 1, 2))):
+            rng.choice(_CHANGES)(model.graph, rng)
+        yield bytes(model.SerializeToString())
+
+
+def _operator(graph: Any, rng: random.Random) -> None:
+    kinds = ("Relu", "MatMul", "Gemm", "Conv", "Softmax", "Transpose", "Reshape", "Erf", "Mul")
+    kinds += ("LayerNormalization", "DequantizeLinear", "Shape", "Loop", "Nonsense")
+    rng.choice(graph.node).op_type = rng.choice(kinds)
+
+
+def _inputs(graph: Any, rng: random.Random) -> None:
+    node = rng.choice(graph.node)
+    names = [each.name for each in graph.initializer] + [
+        name for n in graph.node for name in n.output
+    ]
+    match rng.randrange(4):
+        case 0:
+            del node.input[rng.randrange(len(node.input)) :]
+        case 1:
+            node.input[rng.randrange(len(node.input))] = rng.choice([*names, "x", "", "nowhere"])
+        case 2:
+            node.input.append(rng.choice([*names, ""]))
+        case _:
+            node.output[0] = rng.choice([*names, "", "elsewhere"])
+
+
+def _nodes(graph: Any, rng: random.Random) -> None:
+    at = rng.randrange(len(graph.node))
+    match rng.randrange(3):
+        case 0:
+            del graph.node[at]
+        case 1:
+            graph.node.append(graph.node[at])
+        case _:
+            graph.node[at].domain = rng.choice((_MICROSOFT, "own"))
+
+
+def _attribute(graph: Any, rng: random.Random) -> None:
+    having = [node for node in graph.node if node.attribute]
+    if not having:
+        return
+    found = rng.choice(rng.choice(having).attribute)
+    number = rng.choice((-1, 0, 1, 3, 1 << 20, (1 << 31) - 1, -(1 << 63)))
+    match rng.randrange(4):
+        case 0:
+            found.i = number
+        case 1 if found.ints:
+            found.ints[rng.randrange(len(found.ints))] = number
+        case 2:
+            found.CopyFrom(helper.make_attribute(found.name, rng.choice((0.5, "text", [1, 2]))))
+        case _:
+            found.name = rng.choice(("axis", "perm", "pads", "bits", "block_size", "K", "none"))
+
+
+def _shape(graph: Any, rng: random.Random) -> None:
+    dims = graph.input[0].type.tensor_type.shape.dim
+    match rng.randrange(3):
+        case 0:
+            rng.choice(dims).dim_value = rng.choice((0, 1, 3, 1 << 20, 1 << 40))
+        case 1:
+            graph.input[0].type.tensor_type.elem_type = rng.randrange(1, 17)
+        case _:
+            tensor = rng.choice(graph.initializer)
+            if not tensor.dims:
+                return
+            whole = int(np.prod(tensor.dims))
+            del tensor.dims[:]
+            tensor.dims.extend(rng.choice(([whole], [1, whole], [whole, 1], [1] * 9 + [whole])))
+
+
+def _values(graph: Any, rng: random.Random) -> None:
+    tensor = rng.choice(graph.initializer)
+    size = len(tensor.raw_data)
+    word = rng.choice((b"\0", b"\xff", b"\x80", b"\x7f\xc0", rng.randbytes(4)))
+    if size:
+        tensor.raw_data = (word * size)[:size]
+
+
+_CHANGES = (_operator, _inputs, _nodes, _attribute, _shape, _values)
 
 
 def tflite_seeds() -> dict[str, bytes]:
