@@ -116,8 +116,8 @@ def fit(task: Task, settings: Settings, place: Path, accelerator: Accelerator, s
     """Train ``task``, from the checkpoint in the folder ``place`` where there is one.
 
     Raises DataError, DoesNotFitError (before the first step where it can be told), DivergedError
-    for a loss that is no number, OutOfSpaceError for a checkpoint that finds no room: the last good
-    checkpoint then still lies in ``place``.
+    for a loss, an evaluation or weights that are no numbers, OutOfSpaceError for a checkpoint that
+    finds no room: the last good checkpoint then still lies in ``place``.
     """
     loop = _Loop(task, settings, place, accelerator, say)
     try:
@@ -261,14 +261,9 @@ class _Loop:
         both = self.accelerator.reduce(torch.stack([self._sum, self._terms]), "sum")
         loss, norm = float(both[0] / both[1].clamp(min=1)), float(self._norm)
         progress, settings = self.progress, self.settings
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "norm of the gradients"
-            raise DivergedError(
-                f"{self.task.name}: the {what} is {loss if what == 'loss' else norm} at step"
-                f" {progress.step}",
-                hint="a lower lr, a longer warmup, or precision=fp32; the last good checkpoint is"
-                " kept",
-            )
+        for what, value in (("loss", loss), ("norm of the gradients", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(what, value)
         progress.seconds = time.monotonic() - self._begun_s
         rate = self.optimizers[0].param_groups[0]["lr"]
         self.curve.append((progress.step, loss, rate, norm, progress.seconds))
@@ -290,15 +285,25 @@ class _Loop:
                 )
             )
 
+    def _diverged(self, what: str, value: object) -> DivergedError:
+        return DivergedError(
+            f"{self.task.name}: the {what} is {value} at step {self.progress.step}",
+            hint="a lower lr, a longer warmup, or precision=fp32; the last good checkpoint is kept",
+        )
+
     def _per_s(self) -> float:
         done = self.progress.step * self.settings.batch * self.task.units
         return done / max(1e-9, self.progress.seconds)
 
     def _evaluate(self) -> None:
+        """Raises DivergedError where a figure is no number: such a model is never the best one."""
         assert self.task.evaluate is not None
         progress = self.progress
         with self._as_judged():
             found = self.task.evaluate(self.model)
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"held-out {name}", value)
         progress.evaluations.append({"step": progress.step, **found})
         if progress.best is None or found["loss"] < progress.best:
             progress.best, progress.waited = found["loss"], 0
@@ -319,6 +324,14 @@ class _Loop:
         self.model.train()
 
     def _save(self) -> None:
+        """Raises DivergedError for weights that the last step made no numbers, which no loss has
+        told yet.
+        """
+        # A process may have a shard alone, and all of them must end.
+        bad = sum(int((~_own(each).isfinite()).sum()) for each in _trained(self.model))
+        wrong = self.accelerator.reduce(torch.tensor(bad, device=self.accelerator.device), "sum")
+        if int(wrong):
+            raise self._diverged("value of some weights", "not finite")
         checkpoint.save(
             self.path,
             self.progress,
@@ -412,6 +425,12 @@ def _order(seed: int, turn: int, count: int) -> torch.Tensor:
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in model.parameters() if each.requires_grad]
+
+
+def _own(weight: torch.Tensor) -> torch.Tensor:
+    """What of ``weight`` lies in this process."""
+    own: torch.Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return own.detach()
 
 
 def _distributed(

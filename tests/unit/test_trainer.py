@@ -206,6 +206,64 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_good_checkpoint_stays(
     assert same(fit(tmp_path), fit(tmp_path / "whole"))
 
 
+def test_a_loss_that_is_no_number_at_the_last_step_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="loss is nan at step 24"):
+        fit(tmp_path, loss=nan_after(23))
+    _, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert body["step"] == 20 and not body["done"]
+    assert same(fit(tmp_path), fit(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "figure"), [(float("nan"), "loss"), (float("inf"), "loss"), (float("nan"), "other")]
+)
+def test_an_evaluation_that_is_no_number_ends_the_run_and_is_never_the_best(
+    tmp_path: Path, wrong: float, figure: str
+) -> None:
+    seen: list[float] = []
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        seen.append(1.0)
+        found = {**loss_on_points(model), "other": 1.0}
+        return found | ({figure: wrong} if len(seen) == 2 else {})
+
+    settings = replace(SETTINGS, patience=9)
+    with pytest.raises(DivergedError, match=f"held-out {figure} is {wrong} at step 12") as caught:
+        fit(tmp_path, settings, evaluate=evaluate)
+    assert "last good checkpoint is kept" in str(caught.value.hint)
+    _, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert body["step"] == 8 and [each["step"] for each in body["evaluations"]] == [6]
+    best, _ = checkpoint.read(tmp_path / "best.safetensors")
+    model = network()
+    model.load_state_dict(best)
+    assert loss_on_points(model.eval())["loss"] == pytest.approx(body["best"])
+    seen.append(1.0)  # from here on all evaluations are numbers
+    whole = fit(tmp_path / "whole", settings, evaluate=evaluate)
+    assert same(fit(tmp_path, settings, evaluate=evaluate), whole)
+
+
+class Broken(torch.optim.SGD):
+    """Its last step makes weights that are no numbers, though the gradients were."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        if self.steps == SETTINGS.steps:
+            self.param_groups[0]["lr"] = float("inf")
+        return super().step(closure)
+
+
+def test_weights_that_the_last_step_made_no_numbers_are_never_a_result(tmp_path: Path) -> None:
+    def optimizers(model: torch.nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+        return [Broken(model.parameters(), lr=settings.lr)]
+
+    with pytest.raises(DivergedError, match="not finite at step 24"):
+        fit(tmp_path, replace(SETTINGS, eval_every=0), evaluate=None, optimizers=optimizers)
+    _, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    assert body["step"] == 20 and not body["done"]
+
+
 def test_a_full_disk_ends_the_run_and_the_good_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
