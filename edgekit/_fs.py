@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -98,6 +98,19 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         fsync_dir(path.parent)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is too large to hold, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with disk_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def publish(partial: Path, path: Path) -> None:

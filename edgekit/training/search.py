@@ -10,10 +10,12 @@ import csv
 import io
 import json
 import math
+import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import optuna
 from optuna.trial import TrialState
 
 from edgekit import _fs, plot
+from edgekit.errors import CorruptArtifactError, ExportError, OutOfSpaceError
 
 _STUDY = "search"
 _SPENT, _RUNGS, _MS, _BYTES = "spent_s", "rungs", "latency_ms", "memory_bytes"
@@ -88,35 +91,36 @@ class Search:
     """A study in the file ``path``, opened or begun. Many threads may work on it.
 
     ``describe(params)`` gives milliseconds and bytes of the network that ``params`` stand for.
+    All of it raises OutOfSpaceError, ExportError where the disk takes no more, and
+    CorruptArtifactError for a file that is no study; trials that had ended by then are kept.
     """
 
     def __init__(
         self, path: Path, *, seed: int, describe: Callable[[Any], tuple[float, float]]
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=_STUDY,
-                directions=_DIRECTIONS,
-                load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(
-                    seed=seed,
-                    n_startup_trials=_FIRST,
-                    multivariate=True,
-                    constant_liar=True,  # several at a time look in different places
-                ),
-            )
-        # Another start must not repeat the random numbers of the first.
-        self._study.sampler.reseed_rng()
+        self._path = path
         self._describe = describe
         self._lock = threading.RLock()
         self._open: dict[int, Any] = {}
-        self._spent_s = float(self._study.user_attrs.get(_SPENT, 0.0))
         self._begun_s: float | None = None
-        self._revive()
+        with self._stored():
+            self._study = _study(path, seed)
+            # Another start must not repeat the random numbers of the first.
+            self._study.sampler.reseed_rng()
+            self._spent_s = float(self._study.user_attrs.get(_SPENT, 0.0))
+            self._revive()
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """One thread at a time; what SQLite says of the disk becomes an error of ours."""
+        with self._lock:
+            try:
+                yield
+            except Exception as error:  # Optuna wraps what SQLAlchemy wrapped
+                if found := _of_sqlite(error):
+                    raise _typed(self._path, found) from error
+                raise
 
     def _revive(self) -> None:
         """Trials that a killed run left in the middle are begun again; once, for one of them may
@@ -142,7 +146,7 @@ class Search:
         """A new trial: its number, what ``suggest`` makes of it, and what is known before it is
         trained; its accuracy is 0.
         """
-        with self._lock:
+        with self._stored():
             trial = self._study.ask()
             made = suggest(trial)
             ms, size_bytes = self._describe(made)
@@ -161,7 +165,7 @@ class Search:
 
     def tell(self, number: int, rungs: Sequence[float], end: str) -> None:
         """How a trial went: "complete" takes the last of ``rungs`` as its accuracy."""
-        with self._lock:
+        with self._stored():
             trial = self._open.pop(number)
             trial.set_user_attr(_RUNGS, list(rungs))
             values = None
@@ -173,7 +177,7 @@ class Search:
     def trials(self) -> list[Tried]:
         """All that have ended, in order."""
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        with self._lock:
+        with self._stored():
             ended = self._study.get_trials(deepcopy=False, states=states)
         return [
             Tried(
@@ -190,6 +194,48 @@ class Search:
             for trial in ended
             if _MS in trial.user_attrs
         ]
+
+
+def _study(path: Path, seed: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.create_study(
+            storage=optuna.storages.RDBStorage(f"sqlite:///{path}"),
+            study_name=_STUDY,
+            directions=_DIRECTIONS,
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=_FIRST,
+                multivariate=True,
+                constant_liar=True,  # several at a time look in different places
+            ),
+        )
+
+
+def _of_sqlite(error: BaseException) -> sqlite3.Error | None:
+    """What SQLite itself said, however libraries wrapped it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, sqlite3.Error):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _typed(path: Path, error: sqlite3.Error) -> CorruptArtifactError | ExportError:
+    code = getattr(error, "sqlite_errorname", "")  # errors of the module itself have none
+    if code == "SQLITE_FULL":
+        return OutOfSpaceError(
+            f"the disk filled up while writing {path}",
+            hint="free some space and run it again with --resume",
+        )
+    if code.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return CorruptArtifactError(
+            f"{path} is no study of a search: {error}", hint="remove it: the search starts again"
+        )
+    return ExportError(
+        f"cannot write {path}: {error}",
+        hint="make the place writable and run it again with --resume, or choose another --out",
+    )
 
 
 def front(trials: Sequence[Tried]) -> list[Tried]:

@@ -6,7 +6,6 @@ Knows files, tokens and pairs of question and answer; never a model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,22 +116,24 @@ def byte_pairs(blocks: Sequence[str], size: int) -> Tokenizer:
 
 
 def pack(tokenizer: Tokenizer, blocks: Sequence[str], path: Path) -> None:
-    """Write the tokens of all ``blocks``, an end after each, as uint16 or uint32."""
-    end = tokenizer.token_to_id(END)
-    kind = _kind(tokenizer)
-    most = sum(len(block.encode()) + 1 for block in blocks)  # no token is less than a byte
-    with _fs.disk_errors(path):
-        tokens = np.memmap(path, dtype=kind, mode="w+", shape=(most,))
-        at = 0
-        for start in range(0, len(blocks), _AT_ONCE):
-            found = tokenizer.encode_batch(list(blocks[start : start + _AT_ONCE]))
-            for each in found:
-                ids = [*each.ids, end]
-                tokens[at : at + len(ids)] = ids
-                at += len(ids)
-        tokens.flush()
-        del tokens
-        os.truncate(path, at * kind().itemsize)
+    """Write the tokens of all ``blocks``, an end after each, as uint16 or uint32.
+
+    Raises OutOfSpaceError, as soon as the first blocks tell how much room the others will take.
+    """
+    # Written and not mapped: where a mapped file finds no room, the process dies of a SIGBUS.
+    _fs.write_pieces(path, _tokens(tokenizer, blocks, path))
+
+
+def _tokens(tokenizer: Tokenizer, blocks: Sequence[str], path: Path) -> Iterator[bytes]:
+    end, kind = tokenizer.token_to_id(END), _kind(tokenizer)
+    whole = sum(map(len, blocks))
+    for start in range(0, len(blocks), _AT_ONCE):
+        some = blocks[start : start + _AT_ONCE]
+        found = [*(id for each in tokenizer.encode_batch(some) for id in (*each.ids, end))]
+        if not start:
+            size_bytes = len(found) * kind().itemsize
+            _fs.require_space(path, size_bytes * whole // max(1, sum(map(len, some))))
+        yield np.array(found, kind).tobytes()
 
 
 def _kind(tokenizer: Tokenizer) -> Any:

@@ -96,7 +96,8 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
     found = texts.read(settings.text)
 
     def make_tokenizer(path: Path) -> None:
-        texts.byte_pairs(found.train, shape.vocab).save(str(path))
+        tokenizer = texts.byte_pairs(found.train, shape.vocab)
+        _fs.write_atomic(path, tokenizer.to_str(pretty=True).encode())
 
     tokenizer = Tokenizer.from_file(str(run.once("tokenizer.json", make_tokenizer)))
     tokens = {}

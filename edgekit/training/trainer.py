@@ -131,9 +131,14 @@ def fit(task: Task, settings: Settings, place: Path, accelerator: Accelerator, s
 def _out_of_memory(task: Task, settings: Settings) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        # The allocator of the CPU has no type of its own.
+        kinds = (torch.OutOfMemoryError, MemoryError)
+        if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
+            raise
+        words = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
         raise DoesNotFitError(
-            f"{task.name}: the device ran out of memory: {str(error).splitlines()[0][:160]}",
+            f"{task.name}: the device ran out of memory: {words[:160].partition(chr(10))[0]}",
             hint=f"--set accumulate={2 * settings.accumulate}; the last checkpoint is kept",
         ) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_torch
+from full_disk import disks, hog
 from small_artifact import build
 
 from edgekit.artifact import Artifact
@@ -284,24 +285,8 @@ def test_a_stopped_export_of_a_graph_leaves_nothing_within_5_s(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a tmpfs of so many bytes."""
-    mounted: list[Path] = []
-
-    def mount(size_bytes: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)],
-            capture_output=True,
-        )
-        if done.returncode:
-            pytest.skip("mounting a tmpfs needs root")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disks(tmp_path) as mount:
+        yield mount
 
 
 @pytest.mark.slow
@@ -363,12 +348,6 @@ def refused_for_room(disk: Path, what: Sequence[str], left_bytes: int | None) ->
     assert visible(disk) == ["artifact"] + (["hog"] if left_bytes is not None else [])
     assert Artifact.open(disk / "artifact").sha256 == old.sha256
     old.verify()
-
-
-def hog(disk: Path, size_bytes: int) -> None:
-    """Another writer takes ``size_bytes`` of the disk."""
-    with (disk / "hog").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size_bytes)
 
 
 def test_a_full_disk_keeps_the_old_artifact(small_disk: Callable[[int], Path]) -> None:

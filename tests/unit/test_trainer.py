@@ -331,6 +331,32 @@ def test_what_does_not_fit_the_memory_is_told_before_the_first_step(
     assert "accumulate=" in str(caught.value.hint)
 
 
+def test_memory_that_runs_out_in_a_step_is_told_as_such_and_the_good_checkpoint_stays(
+    tmp_path: Path,
+) -> None:
+    seen = []
+
+    def greedy(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        seen.append(len(batch[0]))
+        if seen.count(SETTINGS.batch) > 6:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return square(model, batch)
+
+    with pytest.raises(DoesNotFitError, match=r"out of memory: .*1152921504606846976") as caught:
+        fit(tmp_path, loss=greedy)
+    assert "accumulate=2" in str(caught.value.hint)
+    assert checkpoint.read(tmp_path / "checkpoint.safetensors")[1]["step"] == 4
+    assert same(fit(tmp_path), fit(tmp_path / "whole"))
+
+
+def test_another_mistake_is_not_taken_for_want_of_memory(tmp_path: Path) -> None:
+    def wrong(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return square(model, (batch[0][:, :3], batch[1]))
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(tmp_path, loss=wrong)
+
+
 def test_what_a_step_needs_is_told_before_the_first_one(tmp_path: Path) -> None:
     told: list[Status] = []
     with pytest.raises(Killed):
