@@ -16,6 +16,11 @@ COLUMNS = ("step", "loss", "lr", "gradient_norm", "seconds")
 Point = tuple[float, float, float, float, float]
 
 
+def name(phase: str) -> str:
+    """Of the CSV file with the curve of ``phase``."""
+    return f"curve-{phase}.csv"
+
+
 def write(path: Path, curve: Sequence[Point]) -> None:
     """A CSV file with COLUMNS, numbers in full."""
     text = io.StringIO()

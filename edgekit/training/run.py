@@ -97,7 +97,7 @@ class Run:
     def _draw(self, folder: Path) -> None:
         fitted = [each for each, _ in self._fitted]
         for each in fitted:
-            curves.write(folder / f"curve-{each.name}.csv", each.curve)
+            curves.write(folder / curves.name(each.name), each.curve)
         if not fitted:
             return  # nothing was trained
         try:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 from edgekit.errors import DataError, DivergedError, DoesNotFitError
-from edgekit.training import checkpoint, memory, optimizer, schedule
+from edgekit.training import checkpoint, curves, memory, optimizer, schedule
 from edgekit.training.average import Average
 from edgekit.training.curves import Point
 from edgekit.training.settings import Settings
@@ -117,7 +117,8 @@ def fit(task: Task, settings: Settings, place: Path, accelerator: Accelerator, s
 
     Raises DataError, DoesNotFitError (before the first step where it can be told), DivergedError
     for a loss, an evaluation or weights that are no numbers, OutOfSpaceError for a checkpoint that
-    finds no room: the last good checkpoint then still lies in ``place``.
+    finds no room: the last good checkpoint then still lies in ``place``, and beside it the curve as
+    CSV.
     """
     loop = _Loop(task, settings, place, accelerator, say)
     try:
@@ -151,6 +152,7 @@ class _Loop:
         self.share, self.rank = accelerator.num_processes, accelerator.process_index
         _check_data(task, settings, self.share)
         self.path, self.best_path = place / "checkpoint.safetensors", place / "best.safetensors"
+        self.curve_path = place / curves.name(task.name)
         self.model = _distributed(task.model, settings, accelerator)
         self.optimizers = task.optimizers(self.model, settings)
         self.progress = checkpoint.Progress()
@@ -291,6 +293,7 @@ class _Loop:
             )
 
     def _diverged(self, what: str, value: object) -> DivergedError:
+        self._show_curve()
         return DivergedError(
             f"{self.task.name}: the {what} is {value} at step {self.progress.step}",
             hint="a lower lr, a longer warmup, or precision=fp32; the last good checkpoint is kept",
@@ -346,7 +349,13 @@ class _Loop:
             torch.tensor(self.curve, dtype=torch.float64),
             main=self.accelerator.is_main_process,
         )
+        self._show_curve()
         self.accelerator.wait_for_everyone()
+
+    def _show_curve(self) -> None:
+        """For eyes alone: what goes on reads the points in the checkpoint."""
+        if self.accelerator.is_main_process and self.curve:
+            curves.write(self.curve_path, self.curve)
 
     def _fitted(self) -> Fitted:
         progress = self.progress

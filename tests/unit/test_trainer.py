@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,9 @@ SETTINGS = Settings(
     log_every=1,
     device="cpu",
 )
+
+
+CURVE = "curve-points.csv"
 
 
 class Killed(Exception):
@@ -172,9 +176,36 @@ def test_bf16_trains_with_weights_in_full(tmp_path: Path) -> None:
     assert found.curve[-1][1] < found.curve[0][1]
 
 
+def points_of(place: Path) -> list[tuple[int, float]]:
+    with (place / CURVE).open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+def test_the_curve_lies_beside_each_checkpoint_while_the_run_goes_on(tmp_path: Path) -> None:
+    def look(status: Status) -> None:
+        if status.step > 4:  # the last checkpoint but for the step that is told
+            saved = (status.step - 1) // 4 * 4
+            assert [step for step, _ in points_of(tmp_path)] == list(range(1, saved + 1))
+
+    with pytest.raises(Killed):
+        fit(tmp_path, stop_at=14, say=look)
+    assert len(points_of(tmp_path)) == 12
+    whole = fit(tmp_path, say=look)
+    assert points_of(tmp_path) == [(int(point[0]), point[1]) for point in whole.curve]
+
+
+def test_a_run_that_diverged_has_its_curve_up_to_there(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="step 7"):
+        fit(tmp_path, loss=nan_after(6))
+    assert [step for step, _ in points_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert points_of(tmp_path) == [
+        (int(point[0]), point[1]) for point in fit(tmp_path / "whole").curve[:6]
+    ]
+
+
 def test_a_checkpoint_is_plain_safetensors(tmp_path: Path) -> None:
     fit(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", CURVE}
     tensors, body = checkpoint.read(tmp_path / "checkpoint.safetensors")
     assert {name.partition(".")[0] for name in tensors} == {
         *("model", "optimizer", "average", "curve")
