@@ -75,8 +75,11 @@ def _recipes(as_json: bool) -> None:
     if as_json:
         return show.as_json({name: vars(entry) for name, entry in entries.items()})
     show.table(
-        [(name, entry.about, entry.measured or "-") for name, entry in entries.items()],
-        head=("recipe", "what it makes", "measured"),
+        [
+            (name, entry.about, entry.measured or "-", entry.command or "-")
+            for name, entry in entries.items()
+        ],
+        head=("recipe", "what it makes", "measured", "printed by"),
     )
 
 

@@ -351,7 +351,14 @@ def test_pictures_of_any_size_become_square(tmp_path: Path) -> None:
 def test_the_list_needs_no_torch_and_knows_every_recipe(cli: Callable[..., Ran]) -> None:
     assert set(CATALOGUE) == set(RECIPES._rows)
     ran = cli("train", "--list")
-    assert ran.code == 0 and all(name in ran.stdout for name in CATALOGUE)
+    assert ran.code == 0
+    rows = {line.partition(" ")[0]: line for line in ran.stdout.splitlines()[1:]}
+    for name, entry in CATALOGUE.items():
+        assert all(cell in rows[name] for cell in (entry.about, entry.measured, entry.command))
+    body = json.loads(cli("train", "--list", "--json").stdout)
+    assert {name: entry["command"] for name, entry in body.items()} == {
+        name: entry.command for name, entry in CATALOGUE.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from edgekit import errors
 from edgekit.cli import cli
+from edgekit.training.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,3 +76,21 @@ def test_every_exit_code_is_explained() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     raised = {kind.exit_code for kind in classes if issubclass(kind, errors.EdgekitError)}
     assert explained == {0, 130, 143} | raised
+
+
+_FIGURE = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?%?(?![\w%]|[.,]\d)")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_what_the_list_of_recipes_claims_stands_beside_its_command_in_the_docs(name: str) -> None:
+    entry = CATALOGUE[name]
+    assert entry.measured and entry.command
+    page = (ROOT / "docs" / "train.md").read_text()
+    sections = [" ".join(each.split()) for each in re.split(r"^## ", page, flags=re.MULTILINE)]
+    printed = [
+        re.compile(rf"Printed by (?:the commands of )?`{re.escape(one)}` on \d{{4}}-")
+        for one in entry.command.split("; ")
+    ]
+    (section,) = (each for each in sections if all(words.search(each) for words in printed))
+    assert _FIGURE.findall(entry.measured)
+    assert set(_FIGURE.findall(entry.measured)) <= set(_FIGURE.findall(section))
