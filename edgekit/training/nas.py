@@ -225,6 +225,7 @@ class _Work:
                         for each in workers:
                             each.close()
                         raise
+                found.end()
             finally:
                 for each in workers:
                     each.close()

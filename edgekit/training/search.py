@@ -142,6 +142,11 @@ class Search:
         with self._lock:
             self._begun_s = self._begun_s or time.monotonic()
 
+    def end(self) -> None:
+        """Keep the time that was spent: what is chosen now must be chosen after a kill too."""
+        with self._stored():
+            self._study.set_user_attr(_SPENT, self.spent_s)
+
     def ask(self, suggest: Callable[[Any], Any]) -> tuple[int, Any, Standing]:
         """A new trial: its number, what ``suggest`` makes of it, and what is known before it is
         trained; its accuracy is 0.
@@ -197,20 +202,26 @@ class Search:
 
 
 def _study(path: Path, seed: int) -> Any:
+    """The study in ``path``, which appears whole: of a table whose index a kill kept from being
+    made, Optuna would take a second study of the same name, and the first one's trials were lost.
+    """
+    if not path.exists():
+        with _fs.scratch(path) as folder:
+            storage = optuna.storages.RDBStorage(f"sqlite:///{folder / path.name}")
+            optuna.create_study(storage=storage, study_name=_STUDY, directions=_DIRECTIONS)
+            storage.remove_session()
+            storage.engine.dispose()
+            _fs.publish(folder / path.name, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.create_study(
-            storage=optuna.storages.RDBStorage(f"sqlite:///{path}"),
-            study_name=_STUDY,
-            directions=_DIRECTIONS,
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(
-                seed=seed,
-                n_startup_trials=_FIRST,
-                multivariate=True,
-                constant_liar=True,  # several at a time look in different places
-            ),
+        sampler = optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=_FIRST,
+            multivariate=True,
+            constant_liar=True,  # several at a time look in different places
         )
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    return optuna.load_study(study_name=_STUDY, storage=storage, sampler=sampler)
 
 
 def _of_sqlite(error: BaseException) -> sqlite3.Error | None:

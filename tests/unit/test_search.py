@@ -76,6 +76,33 @@ def test_a_study_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert waiting == (0,)
 
 
+def test_a_study_that_is_half_made_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search._fs, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path)
+    assert not (tmp_path / "study.db").exists()
+    monkeypatch.undo()
+    for more in range(3):
+        found = opened(tmp_path)
+        assert len(found.trials()) == more
+        number, *_ = found.ask(suggest)
+        found.tell(number, [0.5], "complete")
+
+
+def test_the_time_of_a_search_that_has_ended_is_kept(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.begin()
+    assert first._begun_s is not None
+    first._begun_s -= 100  # after the last trial was told
+    first.end()
+    assert 100 <= opened(tmp_path).spent_s < 110
+
+
 def test_time_that_was_spent_is_spent(tmp_path: Path) -> None:
     first = opened(tmp_path)
     assert first.spent_s == 0.0
