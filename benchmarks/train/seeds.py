@@ -3,8 +3,9 @@
 
     benchmarks/train/seeds.py build/train/seed-*
 
-Each folder has the runs of one seed, as `SEEDS=3 benchmarks/train/run video` leaves them. A table
-for each run, a row for each model. Runs that differ in more than the seed are refused.
+Each folder has the runs of one seed, as `SEEDS=3 benchmarks/train/run video` leaves them, or as
+`minimal-front` does, a folder deeper. A table for each run, a row for each model. Runs that differ
+in more than the seed are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from edgekit.training.settings import difference
 
 def runs_of(folders: Sequence[Path]) -> dict[str, list[TrainingReport]]:
     """The reports of each run, one of every folder. Raises UsageError where one lacks a run."""
-    names = sorted(path.parent.name for path in folders[0].glob(f"*/{report.FILE}"))
+    names = sorted(
+        str(path.parent.relative_to(folders[0])) for path in folders[0].rglob(f"*/{report.FILE}")
+    )
     if len(folders) < 2 or not names:
         raise UsageError(
             "two folders of finished runs at least", hint="SEEDS=3 benchmarks/train/run"

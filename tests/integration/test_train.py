@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -143,6 +144,24 @@ def test_runs_of_several_seeds_become_a_table_of_means_and_ranges(
 
 def seeds_of(*folders: Path) -> subprocess.CompletedProcess[str]:
     return script("seeds.py", *folders)
+
+
+@pytest.mark.slow
+def test_the_front_is_trained_with_several_seeds_too(pictures: Path, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    toy = (f"data={pictures}", "side=8", "channels=1", "flip=no", "steps=3", "batch=16")
+    done = subprocess.run(
+        [root / "benchmarks" / "train" / "run", "minimal-front", *toy],
+        env=os.environ | {"SEEDS": "2", "OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    tables = [line for line in done.stdout.splitlines() if "of seeds 0, 1;" in line]
+    sizes = ("18k", "45k", "5k", "96k", "9k")
+    assert [line.partition(":")[0] for line in tables] == [f"minimal-front/{s}" for s in sizes]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| shift |")]
+    assert len(rows) == 5 and all("[" in row for row in rows)
 
 
 def script(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
