@@ -1,6 +1,7 @@
 """A program that imports torch once and forks runs of a recipe, to be killed or to work together.
 
     python training_forks.py kill OUT KILLS SEED RECIPE KEY=VALUE...   a run killed KILLS times
+    python training_forks.py search OUT KILLS SEED KEY=VALUE...   nas, killed, and its studies
     python training_forks.py spread OUT       points on one process, two copies, two shards
     python training_forks.py commands OUT     how the commands end whose arguments stdin has as JSON
     python training_forks.py join OUT WAY,WAY... RECIPE KEY=VALUE...   one, two copies, two shards
@@ -16,10 +17,12 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,58 @@ def kill(out: Path, kills: int, seed: int, recipe: str, pairs: list[str]) -> dic
         reached.append(ended(pid))
     assert ended(run("cut")) == 0
     return {"ends": reached, "whole_s": whole_s}
+
+
+def search(out: Path, kills: int, seed: int, pairs: list[str]) -> dict[str, Any]:
+    """Searches into OUT/0, OUT/1 and so on, all but the first killed at random moments until they
+    were so often; what the study of each held after each start.
+    """
+    from edgekit.registry import RECIPES
+    from edgekit.training.recipe import train
+
+    RECIPES.load("nas")
+
+    def run(name: str) -> int:
+        given = ("nas", pairs, out / name)
+        return forked(lambda: train(*given, resume=True, say=lambda status: None) and None)
+
+    started_s = time.monotonic()
+    assert ended(run("0")) == 0
+    whole_s = time.monotonic() - started_s
+    moments = random.Random(seed)
+    ends: list[int] = []
+    studies: list[list[Any]] = [[study(out / "0")]]
+    while ends.count(-signal.SIGKILL) < kills or ends[-1]:
+        name = str(ends.count(0) + 1)
+        if not ends or ends[-1] == 0:
+            studies.append([])
+        pid = run(name)
+        if ends.count(-signal.SIGKILL) < kills:
+            time.sleep(moments.uniform(0.05, 0.4) * whole_s)
+            os.kill(pid, signal.SIGKILL)
+        ends.append(ended(pid))
+        assert ends[-1] in (0, -signal.SIGKILL)
+        studies[-1].append(study(out / name))
+    return {"ends": ends, "studies": studies}
+
+
+def study(run: Path) -> list[Any]:
+    """The trials of a run that have ended, with all that is known of them."""
+    path = run / "study.db" if run.exists() else run.with_name(f"{run.name}.training") / "study.db"
+    query = "select trial_id, number, state from trials where state in (?, ?, ?) order by number"
+    known = ("trial_values", "trial_params", "trial_user_attributes")
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(path)) as file:
+        found = file.execute(query, ("COMPLETE", "PRUNED", "FAIL")).fetchall()
+        return [
+            [number, state]
+            + [
+                sorted(map(repr, file.execute(f"select * from {t} where trial_id = {trial}")))
+                for t in known
+            ]
+            for trial, number, state in found
+        ]
 
 
 def many(processes: int, work: Callable[[], None]) -> list[int]:
@@ -233,6 +288,8 @@ if __name__ == "__main__":
     answer: Any
     if verb == "kill":
         answer = kill(Path(place), int(rest[0]), int(rest[1]), rest[2], rest[3:])
+    elif verb == "search":
+        answer = search(Path(place), int(rest[0]), int(rest[1]), rest[2:])
     elif verb == "commands":
         answer = commands(Path(place), json.load(sys.stdin))
     elif verb == "join":

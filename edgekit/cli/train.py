@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def command(
         body = train(recipe, pairs, out.absolute(), resume=resume, say=say)
     finally:
         say.close()
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of several tells it
     if as_json:
         return show.as_json({"path": str(out), **body})
     _render(out, body)

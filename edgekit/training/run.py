@@ -227,4 +227,13 @@ def _accelerator(settings: Settings) -> Accelerator:
     torch.utils.deterministic.fill_uninitialized_memory = False
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())
+    made = Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())
+    # accelerate's launcher sets both where it was asked for several processes on CPUs, which it
+    # leaves to MPI: without, it starts one, and says nothing.
+    asked = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if asked and made.num_processes == 1:
+        raise UsageError(
+            "the launcher was asked for several processes and has started one",
+            hint="on CPUs: torchrun --nproc_per_node 2 -m edgekit train ...",
+        )
+    return made

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -184,7 +187,7 @@ KILLED: dict[str, Callable[[Path], list[str]]] = {
         ),
     ),
 }
-# It ends after hours, not steps: tests/integration/test_train_distill_nas.py kills it.
+# It ends after hours, not steps: no two searches are the same.
 BY_THE_CLOCK = {"nas"}
 
 
@@ -200,6 +203,65 @@ def test_twenty_kills_change_nothing(tmp_path: Path, case: str) -> None:
     killed_at_random_points(tmp_path, KILLS, case.partition(" ")[0], *pairs)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_search_keeps_its_trials_and_its_winner_through_twenty_kills(tmp_path: Path) -> None:
+    toy = [
+        *toy_minimal(tmp_path)[:3],
+        "channels=1",
+        "flip=no",
+        "shift=0",
+        "threads=1",
+        "latency=no",
+    ]
+    more = ["hours=0.002", "stages=2", "widest=16", "most_blocks=1", "trial_steps=12", "board=rpi5"]
+    last = ["held_images=16", "steps=300", "batch=16", "checkpoint_every=7", "eval_every=60"]
+    pairs = once([*toy, *more, *last])
+    found = forks("search", tmp_path, KILLS, 5, *pairs, timeout_s=1000)
+    assert found["ends"].count(-9) == KILLS
+    late = 0  # kills after the search had ended, in the final trainings
+    for name, studies in enumerate(found["studies"]):
+        out = tmp_path / str(name)
+        for before, after in itertools.pairwise(studies):
+            assert all(trial in after for trial in before)  # kept, and nothing of it changed
+            late += before == after == studies[-1]
+        trials = studies[-1]
+        numbers = [trial[0] for trial in trials]
+        assert len(set(numbers)) == len(numbers)
+        # What a kill cut off is begun again once at most, as a trial of its own.
+        again = [trial for trial in trials if any("'again'" in each for each in trial[4])]
+        assert len(again) <= sum(trial[1] == "FAIL" for trial in trials if trial not in again)
+        with (out / "trials.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        described = [trial for trial in trials if any("latency_ms" in each for each in trial[4])]
+        assert [int(row["number"]) for row in rows] == [trial[0] for trial in described]
+        assert [row["end"].upper() for row in rows] == [trial[1] for trial in described]
+        told = json.loads((out / "training.json").read_text())["remarks"]
+        assert told[0].startswith(f"{len(rows)} trials in ")
+        if name == 0:
+            continue  # which was not killed
+        # The same study, in a run that nobody kills: the same winner, trained to the same numbers.
+        whole = tmp_path / f"{name}-whole"
+        work = whole.with_name(f"{whole.name}.training")
+        work.mkdir()
+        shutil.copy(out / "study.db", work)
+        train_in_a_process("nas", pairs, whole)
+        bodies = [json.loads((run / "training.json").read_text()) for run in (out, whole)]
+        assert bodies[0]["results"] == bodies[1]["results"]
+        assert bodies[0]["remarks"] == bodies[1]["remarks"]
+        for path in (*out.glob("*.safetensors"), out / "study.db"):
+            assert path.read_bytes() == (whole / path.name).read_bytes(), path.name
+        for path in out.glob("curve-*.csv"):
+            assert curve(path) == curve(whole / path.name)
+    assert late, "no kill met a final training"
+
+
+def train_in_a_process(recipe: str, pairs: Sequence[str], out: Path) -> None:
+    sets = [f"--set={pair}" for pair in pairs]
+    command = [sys.executable, "-m", "edgekit", "train", recipe, *sets, "--resume"]
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=280)
+
+
 # Several processes
 
 
@@ -211,6 +273,43 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         assert other["state"] == pytest.approx(one["state"], rel=1e-3, abs=1e-4), name
     # A sharded run that was killed goes on as the one that was not.
     assert found["stopped"]["losses"] == found["shards"]["losses"]
+
+
+LAUNCHERS = {
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", "2"),
+    "accelerate --cpu": ("accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_processes_that_train_one_model(tmp_path: Path, launcher: str) -> None:
+    """The commands of docs/train.md; accelerate's ``--cpu`` starts one process, without a word."""
+    pairs = once([*toy_minimal(tmp_path), "steps=12", "device=cpu", "baseline=no"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    by = "--main_process_port" if launcher.startswith("accelerate") else "--master_port"
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], by, port, "-m", "edgekit", "train", "minimal"]
+        + [f"--set={pair}" for pair in pairs]
+        + ["--json", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    if launcher == "accelerate --cpu":
+        assert done.returncode and "hint: on CPUs: torchrun" in done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+        return
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # of one process
+    body = json.loads((out / "training.json").read_text())
+    assert body["processes"] == told["processes"] == 2 and body["phases"][0]["steps"] == 12
+    assert [row["name"] for row in body["results"]] == ["shift"]
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "out"}
 
 
 @pytest.fixture(scope="module")
