@@ -109,7 +109,7 @@ def _saved_bytes(model: torch.nn.Module, forward: Callable[[int], torch.Tensor],
         weight = torch.nn.Parameter
         if not isinstance(tensor, weight) and not isinstance(tensor._base, weight):
             storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            seen[storage._cdata] = storage.nbytes()
         return tensor
 
     # The loss must live until the sum is taken, or its storages are given out twice.
