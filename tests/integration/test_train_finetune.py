@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from training_data import picture_folder, prose
 
 import edgekit
@@ -19,8 +20,10 @@ from edgekit.exporters import lora
 from edgekit.runtime import GenerateParams
 from edgekit.training import (
     checkpoint,
+    classify,
     finetune,
     finetune_vit,
+    images,
     language,
     preferences,
     pretrained,
@@ -260,10 +263,10 @@ def taught(pictures: Path, out: Path, *pairs: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_five_methods_stand_side_by_side(pictures: Path, tmp_path: Path) -> None:
+def test_five_methods_stand_side_by_side_by_default(pictures: Path, tmp_path: Path) -> None:
     body = taught(pictures, tmp_path / "vit")
     found = rows(body)
-    assert list(found) == list(finetune_vit.METHODS)
+    assert list(found) == ["lora", "adapter", "linear", "full", "scratch"]
     for figures in found.values():
         assert figures["rate"] in (1e-3, 1e-2)
         assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
@@ -282,6 +285,27 @@ def test_five_methods_stand_side_by_side(pictures: Path, tmp_path: Path) -> None
     assert len(again["results"]) == 1
     config = json.loads((tmp_path / "again" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (8, str(tmp_path / "vit"))
+
+
+def test_low_rank_in_three_ways(pictures: Path, tmp_path: Path) -> None:
+    body = taught(pictures, tmp_path / "vit", "methods=qlora,lora,dora", "seeds=1", "rates=1e-2")
+    found = rows(body)
+    # Twelve matrices, of 24,576 weights: 4.13 bits for 32, and a table of 2 kB each to unpack them.
+    saved = found["lora"]["weights_bytes"] - found["qlora"]["weights_bytes"]
+    assert saved == pytest.approx(24_576 * (4 - 4.127 / 8) - 12 * 2048, rel=0.02)
+    assert found["qlora"]["parameters"] == found["lora"]["parameters"]
+    assert found["qlora"]["trained_parameters"] == found["lora"]["trained_parameters"]
+    # DoRA learns a length for each output too: six matrices a block, of 32 or 128 outputs.
+    lengths = found["dora"]["trained_parameters"] - found["lora"]["trained_parameters"]
+    assert lengths == 2 * (5 * 32 + 128)
+    assert min(figures["accuracy"] for figures in found.values()) > 0.7
+    (told,) = [remark for remark in body["remarks"] if "merged into the floats" in remark]
+    assert f"{100 * found['qlora']['accuracy']:.2f}% merged" in told
+    # The folder has what was judged: the first model's floats with the adapters in them.
+    vit = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    data = images.load(str(pictures))
+    right = classify.right(finetune_vit.Logits(vit), data, data.test)
+    assert sum(right) / len(right) == pytest.approx(found["qlora"]["accuracy"])
 
 
 @pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "adapter"])
