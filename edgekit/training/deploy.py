@@ -5,11 +5,12 @@ Knows exports and benches by their public functions; never how a model was train
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgekit import _fs, latency
+from edgekit import _fs, latency, preprocess
 from edgekit.bench import bench
 from edgekit.exporter import export
 from edgekit.training.run import Run
@@ -51,6 +52,38 @@ def figures(
             "latency_ms": statistics.median(runs),
         }
     return found
+
+
+def tower_figures(run: Run, fill: Fill) -> dict[str, float]:
+    """Of a model of two encoders: ``onnx_bytes`` of both, and the median ``image_ms`` of one image
+    and ``text_ms`` of one text on one thread of ONNX Runtime, in turn. Call it on the main process.
+    """
+    folder = run.work / "deploy"
+    _fs.remove_tree(folder)
+    folder.mkdir(parents=True)
+    fill(folder)
+    out = run.work / "deploy-onnx"
+    artifact = export(folder, "onnx", out=out, type="F32", receipt=False)
+    matching = preprocess.beside(artifact.model_path).matching
+    assert matching is not None
+    # By itself: beside its preprocessing the file stands for both encoders.
+    alone = run.work / "deploy-image"
+    _fs.remove_tree(alone)
+    alone.mkdir()
+    for path in artifact.path.glob(f"{artifact.model_path.name}*"):
+        shutil.copy(path, alone)
+    report = latency.latency(
+        *(alone / artifact.model_path.name, artifact.path / matching.text_model),
+        names=("image", "text"),
+        threads=(1,),
+        repetitions=_TURNS,
+        probe_limits=False,
+    )
+    medians = {
+        f"{row.model}_ms": statistics.median(each for turn in row.turns_ms for each in turn)
+        for row in report.rows
+    }
+    return {"onnx_bytes": float(artifact.size_bytes), **medians}
 
 
 def gguf_figures(run: Run, fill: Fill) -> dict[str, float]:

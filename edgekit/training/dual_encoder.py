@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from edgekit import _fs
 from edgekit.errors import DataError, RecipeError
-from edgekit.training import captioned_digits, checkpoint, classify, images
+from edgekit.training import captioned_digits, checkpoint, classify, deploy, images
 from edgekit.training.captioned_digits import ATTRIBUTES, CAPTIONS, MARKS, Scenes
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
@@ -145,6 +145,8 @@ def run(run: Run, settings: DualEncoderSettings) -> TrainingReport:
     def fill(folder: Path) -> None:
         write_folder(folder, config, words, settings.side, fitted["clip"].state)
 
+    if settings.latency and run.main:
+        results[0].figures.update(deploy.tower_figures(run, fill))
     return run.finish(fill, results, remarks)
 
 
@@ -305,7 +307,6 @@ RECIPE = Recipe(
         eval_every=500,
         checkpoint_every=200,
         weight_decay=0.05,
-        latency=False,
     ),
     run,
 )

@@ -21,7 +21,7 @@ from edgekit.training.recipe import train
 TOY = (
     *("side=16", "patch=4", "width=32", "depth=1", "text_depth=1", "heads=2", "space=16"),
     *("scenes=2000", "test_scenes=200", "threads=1", "steps=120", "batch=32", "lr=3e-3"),
-    *("log_every=40", "eval_every=60"),
+    *("log_every=40", "eval_every=60", "latency=no"),
 )
 
 
@@ -117,6 +117,19 @@ def test_the_pair_learns_and_the_baseline_is_beside_it(run: Path) -> None:
         assert side["loss"] < np.log(len(CAPTIONS)) - 0.2
     assert set(heads) >= {"accuracy", "accuracy_unseen", "parameters"}
     assert body["phases"][0]["steps"] == body["phases"][1]["steps"] == 120
+
+
+@pytest.mark.slow
+def test_both_encoders_are_timed_after_export(digits: Path, tmp_path: Path) -> None:
+    more = ("scenes=200", "steps=2", "eval_every=0", "baseline=no", "latency=yes")
+    given = {pair.partition("=")[0]: pair for pair in (*TOY, *more)}
+    pairs = [f"data={digits}", *given.values()]
+    body = train("dual-encoder", pairs, tmp_path / "out", resume=False, say=lambda status: None)
+    (clip,) = (row["figures"] for row in body["results"])
+    assert clip["image_ms"] > 0 and clip["text_ms"] > 0
+    # Both graphs: the file of the images alone has less than half of the weights.
+    weights = 4 * clip["parameters"]
+    assert weights < clip["onnx_bytes"] < 2 * weights + 200_000
 
 
 @pytest.mark.slow
