@@ -45,6 +45,7 @@ from edgekit.training.trainer import Batch, Fitted, Loss, Task
 
 _CLASS = "AutoModelForCausalLM"
 _CUT = "cut.json"
+_ALONE = "untaught.safetensors"
 _EVEN = 32  # channels: what GGUF's 8-bit blocks and the engines' kernels like
 
 
@@ -130,6 +131,8 @@ def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
     if settings.baseline:
         student.load_state_dict(fitted("untaught", language.loss).state)
         pieces["untaught"] = judged("untaught", student)
+        # In a file, so that no two students are held at a time.
+        run.once(_ALONE, lambda path: checkpoint.write(path, pretrained.state_of(student)))
     student.load_state_dict(taught.state)
     pieces["taught"] = judged("taught", student)
     results = [
@@ -148,8 +151,18 @@ def run(run: Run, settings: DistillLmSettings) -> TrainingReport:
     def fill(folder: Path) -> None:
         pretrained.write(folder, found, pretrained.state_of(student), changes)
 
+    def fill_alone(folder: Path) -> None:
+        pretrained.write(folder, found, checkpoint.read(run.work / _ALONE)[0], changes)
+
+    def fill_teacher(folder: Path) -> None:
+        pretrained.write(folder, found, pretrained.state_of(teacher))
+
     if settings.latency and run.main:
-        results[0].figures.update(deploy.gguf_figures(run, fill))
+        fills = {"taught": fill, "untaught": fill_alone, "teacher": fill_teacher}
+        exported = {name: each for name, each in fills.items() if name in pieces}
+        timed = deploy.gguf_figures_of(run, exported)
+        for row in results:
+            row.figures.update(timed.get(row.name, {}))
     return run.finish(fill, results, remarks)
 
 

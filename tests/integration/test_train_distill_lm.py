@@ -140,6 +140,23 @@ def test_a_run_ends_in_a_smaller_folder_and_a_table(
     assert sum(each.numel() for each in again.parameters()) == found["taught"]["parameters"]
 
 
+@pytest.mark.slow
+def test_teacher_and_both_students_are_exported_and_timed(
+    teacher: Path, text: Path, tmp_path: Path
+) -> None:
+    pairs = [f"model={teacher}", f"text={text}", "layers=0.5", "inner=0.5", "length=64"]
+    pairs += ["steps=2", "batch=4", "held_tokens=1000", "threads=1"]
+    body = train("distill-lm", pairs, tmp_path / "student", resume=False, say=lambda s: None)
+    found = {row["name"]: row["figures"] for row in body["results"]}
+    sizes = {name: each["gguf_bytes"] for name, each in found.items() if name != "cut"}
+    assert sizes["taught"] == sizes["untaught"]
+    # Half a layer's width and half of the layers: two bytes for each weight that is gone.
+    gone = found["teacher"]["parameters"] - found["taught"]["parameters"]
+    assert sizes["teacher"] - sizes["taught"] == pytest.approx(2 * gone, rel=0.05)
+    assert all(found[name]["decode_tok_s"] > 0 for name in sizes)
+    assert "gguf_bytes" not in found["cut"]
+
+
 def test_what_is_no_llama_is_told_how_it_can_be_cut() -> None:
     other = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
     with pytest.raises(RecipeError, match="qwen2") as error:
