@@ -88,6 +88,25 @@ def test_the_exported_model_chats(run: Path, tmp_path: Path) -> None:
     assert answer.strip() and "<|im_" not in answer
 
 
+def test_the_model_in_onnx_chats_and_says_what_torch_says(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    artifact = edgekit.export(run, "onnx", type="F32", out=tmp_path / "onnx", receipt=False)
+    asked = "What is 3 lamp?"
+    chat = [{"role": "user", "content": asked}]
+    with edgekit.load(artifact) as model:
+        answer = "".join(model.chat(chat, GenerateParams(max_tokens=24, temperature=0.0)))
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    theirs = AutoModelForCausalLM.from_pretrained(run).eval()
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        told = theirs.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert answer == tokenizer.decode(told, skip_special_tokens=True)
+    assert answer.strip() and "<|im_" not in answer
+
+
 def test_experts_are_a_mixtral_beside_their_dense_twin(tmp_path: Path, data: Path) -> None:
     from transformers import AutoModelForCausalLM
 
