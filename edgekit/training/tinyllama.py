@@ -202,7 +202,7 @@ def _result(
     figures = {"parameters": parameters}
     if settings.experts:
         figures["active_parameters"] = float(shape.matrices)
-        figures["training_bytes"] = 16 * parameters
+        figures["training_bytes_computed"] = 16 * parameters
     figures |= fitted.figures
     figures["trained_tokens"] = float(fitted.steps * settings.batch * settings.length)
     figures["training_tok_s"] = fitted.per_s
@@ -221,8 +221,9 @@ def _remarks(settings: TinyLlamaSettings, held: np.ndarray[Any, Any], held_bytes
     if settings.experts:
         found.append(
             f"sparse: {settings.experts} experts a block, {settings.chosen} for each token, each"
-            f" 1/{settings.chosen} as wide as the twin's feed-forward part; training_bytes:"
-            " weights, gradients and AdamW's two values, 16 bytes a weight"
+            f" 1/{settings.chosen} as wide as the twin's feed-forward part;"
+            " training_bytes_computed, not measured: weights, gradients and AdamW's two values,"
+            " 16 bytes a weight"
         )
     return found
 
