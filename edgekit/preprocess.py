@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit import typed_json
+from edgekit import image_processor, typed_json
 from edgekit.errors import CorruptArtifactError, SourceError
 from edgekit.formats import json_file
 
@@ -184,7 +184,7 @@ def of_folder(
             matching=matching,
         )
     elif "image_size" in config or "num_channels" in config or preprocessor:
-        classifies = kind.endswith("ForImageClassification")
+        classifies = "ForImageClassification" in kind  # DeiT's ends in ...WithTeacher
         task: Task = "image-classification" if classifies else "image-features"
         found = Preprocessing(
             task, image=_image(config, preprocessor or {}), labels=labels if classifies else ()
@@ -248,6 +248,10 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _image(config: Mapping[str, Any], given: Mapping[str, Any]) -> ImageSteps:
+    try:
+        given = image_processor.spelled_out(given)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise SourceError(f"the folder's preprocessing is absurd: {error}"[:300]) from None
     size, crop = given.get("size"), given.get("crop_size")
     crops = bool(given.get("do_center_crop", False))
     side = config.get("image_size", 224)

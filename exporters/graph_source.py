@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgekit import sample_inputs
+from edgekit import image_processor, sample_inputs
 from edgekit.errors import RecipeError
 from edgekit.exporter import ExportOptions, ExportPlan, Progress, TensorPlan
 from edgekit.exporters import torch_model
@@ -168,7 +168,10 @@ def steps_of_onnx(source: ModelSource) -> Preprocessing:
     made = {value.name for value in onnx.read(source.path).inputs}
     if not source.config or "text_config" in source.config:
         return Preprocessing(task="tensors")
-    steps = of_folder(source.config, **torch_model.companions(source))
+    beside = torch_model.companions(source)
+    if image_processor.flips_channels(beside["preprocessor"] or {}):
+        return Preprocessing(task="tensors")  # blue first: nothing here makes such images
+    steps = of_folder(source.config, **beside)
     known = {steps.image.input} if steps.image else {*_TEXT_INPUTS}
     whole = steps.image is not None or TOKENIZER_FILE in source.files
     return steps if made <= known and whole else Preprocessing(task="tensors")

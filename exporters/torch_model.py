@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgekit import network_folder
+from edgekit import image_processor, network_folder
 from edgekit.errors import (
     EdgekitError,
     ExportError,
@@ -109,7 +109,8 @@ def load_torch() -> Any:
 
 
 def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
-    preprocessing = of_folder(source.config, **companions(source))
+    beside = companions(source)
+    preprocessing = of_folder(source.config, **beside)
     classes = {
         "image-classification": "AutoModelForImageClassification",
         "text-classification": "AutoModelForSequenceClassification",
@@ -118,6 +119,9 @@ def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
     output = "logits" if preprocessing.task.endswith("classification") else "last_hidden_state"
     if preprocessing.image:
         image = preprocessing.image
+        if image_processor.flips_channels(beside["preprocessor"] or {}):
+            _take_red_first(torch, model)
+        _pool_whole_maps(torch, model, max(image.height, image.width))
         example = torch.zeros(1, len(image.mean), image.height, image.width)
         examples: tuple[Any, ...] = (example,)
         inputs: tuple[str, ...] = (image.input,)
@@ -137,6 +141,25 @@ def _of_folder(torch: Any, source: ModelSource) -> TracedModel:
         dynamic,
         preprocessing,
     )
+
+
+def _take_red_first(torch: Any, model: Any) -> None:
+    """Turn the weights that see the pixels, so that no run has to turn the pixels."""
+    first = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
+    with torch.no_grad():
+        first.weight.copy_(first.weight.flip(1))
+
+
+def _pool_whole_maps(torch: Any, model: Any, side: int) -> None:
+    """EfficientNet takes the mean of a map by windows larger than any map, rounded up to one. Int8
+    kernels divide such a sum by the size of the window: what comes out is next to nothing.
+    """
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, torch.nn.AvgPool2d) and layer.ceil_mode:
+                size = layer.kernel_size
+                if min(size if isinstance(size, tuple) else (size,)) >= side:
+                    setattr(module, name, torch.nn.AdaptiveAvgPool2d(1))
 
 
 def loaded(source: ModelSource, kind: str) -> Any:

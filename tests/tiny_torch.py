@@ -51,6 +51,74 @@ def resnet_folder(folder: Path) -> Path:
     return _saved(folder, ResNetForImageClassification, config, body)
 
 
+def deit_folder(folder: Path) -> Path:
+    """A distilled DeiT of two blocks with the same classes: two tokens, of two classifiers the
+    mean.
+    """
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    config = DeiTConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=8,
+        id2label=dict(enumerate(LABELS)),
+    )
+    # As the published folders spell it: one number for both edges.
+    body = _preprocessor(SIDE) | {"image_processor_type": "DeiTImageProcessor", "size": SIDE + 4}
+    body |= {"do_center_crop": True, "crop_size": SIDE, "resample": 3}
+    return _saved(folder, DeiTForImageClassificationWithTeacher, config, body)
+
+
+def mobilenet_folder(folder: Path) -> Path:
+    """A MobileNetV2 of a quarter of the channels with the same classes."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    config = MobileNetV2Config(
+        depth_multiplier=0.25,
+        finegrained_output=False,
+        image_size=SIDE,
+        id2label=dict(enumerate(LABELS)),
+    )
+    body = _preprocessor(SIDE) | {
+        "image_processor_type": "MobileNetV2ImageProcessor",
+        "size": SIDE + 4,
+        "do_center_crop": True,
+        "crop_size": {"height": SIDE, "width": SIDE},
+    }
+    return _saved(folder, MobileNetV2ForImageClassification, config, body)
+
+
+def efficientnet_folder(folder: Path) -> Path:
+    """An EfficientNet of three stages with the same classes."""
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    config = EfficientNetConfig(
+        width_coefficient=0.25,
+        depth_coefficient=1.0,
+        kernel_sizes=[3, 3, 5],
+        in_channels=[32, 16, 24],
+        out_channels=[16, 24, 40],
+        strides=[1, 2, 2],
+        num_block_repeats=[1, 2, 1],
+        expand_ratios=[1, 6, 6],
+        hidden_dim=320,  # 1280 times the width
+        image_size=SIDE,
+        id2label=dict(enumerate(LABELS)),
+    )
+    body = _preprocessor(SIDE) | {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "resample": 0,
+        "rescale_offset": True,
+        "include_top": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.478, 0.473, 0.474],
+    }
+    return _saved(folder, EfficientNetForImageClassification, config, body, sees_images=True)
+
+
 def bert_folder(folder: Path) -> Path:
     """A BERT of two layers with a tokenizer of words and letters, for embeddings."""
     from transformers import BertConfig, BertModel
@@ -142,14 +210,29 @@ def _preprocessor(side: int) -> dict[str, Any]:
 
 
 def _saved(
-    folder: Path, kind: Any, config: Any, preprocessor: dict[str, Any] | None = None
+    folder: Path,
+    kind: Any,
+    config: Any,
+    preprocessor: dict[str, Any] | None = None,
+    *,
+    sees_images: bool = False,
 ) -> Path:
+    """``sees_images`` gives batch norms statistics of some noise."""
     torch.manual_seed(0)
     model = kind(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # wide, so that the answers differ from input to input
                 parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
+    if sees_images:
+        model.train()
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.BatchNorm2d):
+                    layer.weight.fill_(1)
+            for _ in range(8):
+                model(torch.randn(16, 3, SIDE, SIDE))
+        model.eval()
     model.save_pretrained(folder, safe_serialization=True)
     if preprocessor:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))

@@ -21,7 +21,7 @@ _FLOORS = """
 1  typed_json
 2  source recipe artifact device target exporter converter runtime report receipt
 2  llama_library ggml_tensor machine scorer model_cost
-2  language_model language_header preprocess image_input text_input sample_inputs
+2  language_model language_header preprocess image_processor image_input text_input sample_inputs
 2  latency_report latency_text telemetry report_text board_agent board_link upload device_config
 3  exporters runtimes devices
 4  serve training bench plan evaluate tune doctor plot proof probe roofline profile

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekit.errors import UsageError
+from edgekit.errors import SourceError, UsageError
 from edgekit.image_input import tensor
+from edgekit.image_processor import flips_channels
 from edgekit.preprocess import ImageSteps, of_folder
 
 SIDE = 8
@@ -143,3 +144,46 @@ def test_pixels_are_those_of_transformers(folder: dict[str, Any]) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     theirs = ViTImageProcessorPil(**body)(Image.fromarray(picture), return_tensors="np")
     assert tensor(picture, steps) == pytest.approx(theirs["pixel_values"], abs=0.03)
+
+
+EDGE = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+OWN_STEPS = {
+    "efficientnet": ("EfficientNet", EDGE | {"size": {"height": 24, "width": 24}, "resample": 2}),
+    "offset": (
+        "EfficientNet",
+        {"size": {"height": 24, "width": 24}, "resample": 3, "rescale_offset": True},
+    ),
+    "only divided": (
+        "EfficientNet",
+        EDGE | {"size": {"height": 24, "width": 24}, "do_normalize": False},
+    ),
+    "cut by share": ("ConvNext", EDGE | {"size": {"shortest_edge": 24}, "resample": 2}),
+    "squeezed": ("ConvNext", EDGE | {"size": {"shortest_edge": 384}, "resample": 2}),
+    "square": ("DeiT", {"size": 28, "crop_size": 24}),
+    "edge": ("MobileNetV2", {"size": 28, "crop_size": 24}),
+    "contrast": ("CLIP", {"size": 28, "crop_size": 24}),
+    "blue first": ("MobileViT", {"size": 28, "crop_size": 24}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+def test_steps_of_single_classes_are_theirs(name: str) -> None:
+    import transformers
+
+    kind, body = OWN_STEPS[name]
+    given = body | {"image_processor_type": f"{kind}ImageProcessor"}
+    steps = of_folder({"image_size": 24}, preprocessor=given).image
+    assert steps is not None
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")(**body)
+    theirs = processor(Image.fromarray(picture), return_tensors="np")["pixel_values"]
+    if flips_channels(given):  # the weights are turned instead (exporters/torch_model.py)
+        theirs = theirs[:, ::-1]
+    assert tensor(picture, steps) == pytest.approx(theirs, abs=0.08)
+
+
+@pytest.mark.parametrize("absurd", [{"crop_pct": 0}, {"crop_pct": "x"}, {"image_std": 3}])
+def test_absurd_steps_of_a_class_are_one_clear_error(absurd: dict[str, Any]) -> None:
+    body = {"image_processor_type": "ConvNextImageProcessor", "size": 24, "include_top": True}
+    with pytest.raises(SourceError):
+        of_folder({"image_size": 24}, preprocessor=body | absurd)
