@@ -169,7 +169,8 @@ class Trials:
             source,
             out,
             quant_format=QuantFormat.QDQ,
-            # Signed activations have no fast kernel on x86, and are no faster elsewhere.
+            # What x86's kernels take. ONNX Runtime's documentation puts signed ones with QDQ first
+            # for every CPU, and finds them slow on x86 as QOperators; ARM was not measured here.
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
