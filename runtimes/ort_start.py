@@ -22,7 +22,7 @@ _log = logging.getLogger("edgekit.runtime")
 _ERRORS_ONLY = 4  # of the log: 3 would print what the errors say already
 # The engine's own fusion of a residual's addition into the layer norm: its kernel takes several
 # times as long as the two operators (docs/onnx.md, Fusion).
-_SLOW_FUSIONS = ("SkipLayerNormFusion",)
+SLOW_FUSIONS = ("SkipLayerNormFusion",)
 # The engine's own form of a graph, which it reads faster than ONNX.
 _FILE = "model.ort"
 _MOST_BYTES = 512 << 20  # of a model that is kept: larger ones spend their start on reading
@@ -39,7 +39,7 @@ def key(files: Sequence[Path]) -> str:
     """
     if sum(file.stat().st_size for file in files) > _MOST_BYTES:
         return ""
-    return compiled_cache.key(files, engine(), "CPU", *_SLOW_FUSIONS, _FILE)
+    return compiled_cache.key(files, engine(), "CPU", *SLOW_FUSIONS, _FILE)
 
 
 def started(path: Path, threads: int, kept: str) -> Any:
@@ -62,7 +62,7 @@ def _session(path: Path, threads: int, optimized: Path | None = None) -> Any:
     options = options_for(threads)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    return opened(path, options, disabled_optimizers=list(_SLOW_FUSIONS))
+    return opened(path, options, disabled_optimizers=list(SLOW_FUSIONS))
 
 
 def _optimized(path: Path, threads: int) -> Any:

@@ -88,6 +88,7 @@ def test_a_missing_held_out_text_is_one_clear_line(tmp_path: Path) -> None:
     [
         ("vision/calibrators", ("none",)),
         ("vision/start", ("none",)),
+        ("vision/settings", ("none",)),
         ("vision/peers", ("efficientnet_lite0", "none", "none", "--scratch", "scratch")),
         ("train/table", ("none",)),
         pytest.param(

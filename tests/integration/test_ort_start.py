@@ -115,7 +115,7 @@ def test_the_key_holds_for_one_file_engine_processor_and_setting(
         patch.setattr(ort_start, "version", lambda name: "9.9")
         keys.add(ort_start.key([path]))
     with monkeypatch.context() as patch:
-        patch.setattr(ort_start, "_SLOW_FUSIONS", ())
+        patch.setattr(ort_start, "SLOW_FUSIONS", ())
         keys.add(ort_start.key([path]))
     with monkeypatch.context() as patch:
         cpu = machine.cpu(machine.root())
