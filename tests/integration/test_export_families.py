@@ -19,7 +19,7 @@ FOLDERS = {
     "efficientnet": tiny_torch.efficientnet_folder,
 }
 # The least cosine with the float model that 8 bits keep of such random weights.
-LEAST = {"deit": 0.99, "mobilenet": 0.95, "efficientnet": 0.97}
+LEAST = {"deit": 0.99, "mobilenet": 0.9, "efficientnet": 0.97}
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
