@@ -130,6 +130,29 @@ def test_both_networks_can_be_exported_and_the_cut_one_classifies(
     assert sum(right) / len(right) > 0.9
 
 
+@pytest.mark.slow
+def test_the_blocks_of_mobilenet_are_cut_for_a_board_and_exported(
+    pictures: Path, tmp_path: Path
+) -> None:
+    few = {"steps": "40", "tune_steps": "30", "speedup": "1.5", "chunk": "4"}
+    given = {pair.partition("=")[0]: pair for pair in (*TOY, *MORE, *TUNE)}
+    given |= {name: f"{name}={value}" for name, value in few.items()}
+    pairs = [f"data={pictures}", *given.values(), "kind=inverted", "expand=2", "sparse=no"]
+    pairs.append("latency=no")
+    body = train("prune", pairs, tmp_path / "run", resume=False, say=lambda status: None)
+    rows = {row["name"]: row["figures"] for row in body["results"]}
+    assert rows["pruned"]["parameters"] < rows["unpruned"]["parameters"]
+    (told,) = [remark for remark in body["remarks"] if "predicted for rpi5" in remark]
+    assert 1.5 <= float(told.split(", ")[1].split()[0]) < 2.2
+    artifact = edgekit.export(
+        tmp_path / "run", "onnx", type="F32", out=tmp_path / "onnx", receipt=False
+    )
+    with edgekit.load(artifact) as model:
+        files = sorted(pictures.rglob("*.png"))
+        right = [model.classify(path)[0][0] == path.parent.name for path in files]
+    assert sum(right) / len(right) > 0.7
+
+
 def test_the_scan_is_a_table_and_a_picture(run: Path) -> None:
     with (run / "sensitivity.csv").open() as file:
         rows = list(csv.DictReader(file))
