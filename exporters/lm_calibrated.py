@@ -155,7 +155,7 @@ def _layer(
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=[_CPU])
+    session = onnxruntime.InferenceSession(str(path), options, providers=[_CPU], enable_fallback=0)
     path.unlink()
     return session
 

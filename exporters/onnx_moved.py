@@ -58,7 +58,7 @@ def _values(model: Any, names: list[str], feed: Mapping[str, Any]) -> list[Any]:
     # Or the engine merges operators, and adds up in another order here than there.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(
-        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        copy.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
     found: list[Any] = session.run(names, dict(feed)) if names else []
     return found

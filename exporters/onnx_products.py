@@ -251,7 +251,7 @@ def _answers(model: Any, feeds: Feeds) -> list[Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
     found = [session.run(None, dict(feed))[0].astype(np.float64) for feed in feeds]
     return [

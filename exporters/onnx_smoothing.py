@@ -79,7 +79,7 @@ def watched(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(
-        copy.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        copy.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
     )
     rows: dict[str, list[Any]] = {name: [] for name in names}
     ends: dict[str, tuple[Any, Any]] = {}

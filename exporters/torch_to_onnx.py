@@ -67,7 +67,7 @@ def check(traced: TracedModel, path: Path) -> float:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot load what torch exported: {error}") from error

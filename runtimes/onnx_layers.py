@@ -147,6 +147,7 @@ class Opened:
                 path.read_bytes() + _field(_GRAPH, more),
                 options,
                 providers=["CPUExecutionProvider"],
+                enable_fallback=0,
             )
         except Exception as error:  # the engine's own kinds, which have no common base
             raise InferenceError(

@@ -32,7 +32,7 @@ def operators(path: Path, threads: int, feed: Mapping[str, Any]) -> list[tuple[s
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
         for _ in range(_WARM_RUNS + _RUNS):
             session.run(None, dict(feed))

@@ -224,6 +224,14 @@ def test_only_formats_parses_foreign_bytes(module: str) -> None:
 
 
 @every_module
+def test_onnx_runtime_is_kept_from_stdout(module: str) -> None:
+    # Where a session fails, its Python side says so on stdout, and tries the same again.
+    for name, call in _calls(module):
+        if name.rpartition(".")[2] == "InferenceSession":
+            assert "enable_fallback" in {each.arg for each in call.keywords}, call.lineno
+
+
+@every_module
 def test_only_fs_writes_final_paths(module: str) -> None:
     # The hub's downloads grow, and get their names, in a work folder that _fs then commits. The
     # agent writes on a board, where there is no _fs.
