@@ -116,7 +116,10 @@ TFLITE_TYPES = (
 )
 # These need inputs to run the model on while it is quantized; others take them, and do better.
 NEEDS_SAMPLES = ("static_wi8_ai8",)
-TAKES_SAMPLES = (*NEEDS_SAMPLES, "dynamic_wi8_afp32")
+TAKES_SAMPLES = (
+    *NEEDS_SAMPLES,
+    *("dynamic_wi8_afp32", "weight_only_wi4b32", "weight_only_wi4b64"),
+)
 
 
 def check_choice(bits: int | None, type: str | None) -> None:

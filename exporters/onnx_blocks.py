@@ -1,35 +1,48 @@
 """Weights alone in 4 or 8 bits: blocks with a scale and a zero point each, and tables of
 embeddings in 8 bits.
 
-Must never look at an activation. A block's range is searched for the least squared error, which
+Must never round an activation. A block's range is searched for the least squared error, which
 loses less than rounding to the nearest of the full range (https://arxiv.org/abs/2210.17323 and
-https://mobiusml.github.io/hqq_blog/ discuss why).
+https://mobiusml.github.io/hqq_blog/ discuss why). Where samples of the inputs are given, blocks of
+4 bits are fitted to what the product makes of them (``lm_rounding``), and taken where that loses
+less on inputs that they were not fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import helper
 
+from edgekit.exporters import lm_blocks, lm_rounding, onnx_smoothing
+from edgekit.exporters.lm_graph import Blocks
 from edgekit.exporters.onnx_graph import MICROSOFT, Graph, attribute, need_domain
 
 _INT8_COMPUTE = 4  # accuracy_level of MatMulNBits: activations in 8 bits inside the kernel
 _SHRINKS = np.linspace(1.0, 0.7, 13)  # parts of a block's range that are tried
+_FITTED_BITS = 4
+_LEAST_ROWS, _JUDGES = 64, 4  # of the rows every fourth is fitted to nothing
+Feeds = Sequence[Mapping[str, Any]]
 _FLOAT32 = 1  # TensorProto.DataType
 _TABLE_ROWS = 256  # below, an embedding is not worth it
 
 
-def apply(graph: Graph, bits: int, size: int, kept: set[str]) -> dict[str, Any]:
+def apply(
+    graph: Graph, bits: int, size: int, kept: set[str], samples: Feeds = ()
+) -> dict[str, Any]:
     """Rewrite every matrix product with constant weights in blocks of ``size`` inputs, and every
-    table; how many of each.
+    table; how many of each, and how many products were fitted to ``samples``.
     """
-    count = 0
+    count = fitted = 0
+    seen = _inputs(graph, kept, samples) if bits == _FITTED_BITS and len(samples) else {}
     for node, weights in matrices(graph, kept):
-        packed, scales, zeros = quantize_blocks(np.ascontiguousarray(weights.T), bits, size)
+        wide = np.ascontiguousarray(weights.T)
+        packed, scales, zeros = quantize_blocks(wide, bits, size)
         parts = {"blocks": packed, "scales": scales, "zeros": zeros}
+        better = _fitted(wide, seen.get(node.input[0]), parts, bits, size)
+        parts, fitted = (better, fitted + 1) if better else (parts, fitted)
         options = {"bits": bits, "block_size": size, "accuracy_level": _INT8_COMPUTE}
         graph.replace([node], product(graph, node, weights.shape, parts, options))
         count += 1
@@ -37,7 +50,43 @@ def apply(graph: Graph, bits: int, size: int, kept: set[str]) -> dict[str, Any]:
         need_domain(graph.model, MICROSOFT)
     tables = quantize_tables(graph, kept)
     graph.finish()
-    return {"matrices": count, "tables": tables}
+    return {"matrices": count, "tables": tables} | ({"fitted": fitted} if seen else {})
+
+
+def _inputs(graph: Graph, kept: set[str], samples: Feeds) -> dict[str, Any]:
+    """Rows of what each product reads, float32 [rows, inputs], by the value's name."""
+    names = {node.input[0] for node, _ in matrices(graph, kept)}
+    computed = sorted(name for name in names if graph.constant(name) is None)
+    rows, _ = onnx_smoothing.watched(graph.model, samples, computed, padding=False)
+    return {name: np.concatenate(each) for name, each in rows.items() if each}
+
+
+def _fitted(
+    weights: Any, rows: Any, parts: Mapping[str, Any], bits: int, size: int
+) -> dict[str, Any] | None:
+    """Blocks of ``weights``, float32 [outputs, inputs], that lose less than ``parts`` on rows that
+    they were not fitted to; None where there are none.
+    """
+    if rows is None or len(rows) < _LEAST_ROWS:
+        return None
+    judged = np.zeros(len(rows), bool)
+    judged[::_JUDGES] = True
+    own = rows[~judged]
+    found, _ = lm_rounding.fit(weights, own.T @ own, size)
+    assert found.zeros is not None
+    scales = found.scales.astype(np.float32).reshape(-1)
+    made = {"blocks": found.packed, "scales": scales, "zeros": found.zeros.reshape(-1)}
+    losses = [
+        float(((rows[judged] @ (lm_blocks.restored(each) - weights).T) ** 2).sum())
+        for each in (found, _as_blocks(parts, weights.shape, bits, size))
+    ]
+    return made if losses[0] < losses[1] else None
+
+
+def _as_blocks(parts: Mapping[str, Any], shape: tuple[int, int], bits: int, size: int) -> Blocks:
+    outputs, inputs = shape
+    scales, zeros = (parts[name].reshape(outputs, -1) for name in ("scales", "zeros"))
+    return Blocks(bits, size, inputs, parts["blocks"], scales, zeros)
 
 
 def matrices(graph: Graph, kept: set[str]) -> Iterator[tuple[Any, Any]]:

@@ -46,7 +46,8 @@ def quantize(
     """Write ``source`` to ``out`` in ``scheme``, a name of ``quant.ONNX_TYPES``; facts for the
     manifest.
 
-    ``samples`` are inputs by name, which static schemes need and dynamic ones smooth outliers by.
+    ``samples`` are inputs by name, which static schemes need, dynamic ones smooth outliers by, and
+    blocks of 4 bits are fitted to.
     ``overrides`` are pairs of a regular expression on names of nodes and "F32", which keeps those
     in float.
     Raises RecipeError, ExportError.
@@ -58,7 +59,7 @@ def quantize(
             model, facts = _half(source), {}
         elif blocks := quant.blocks(scheme):
             model = onnx_graph.load(source)
-            facts = onnx_blocks.apply(Graph(model), *blocks, kept)
+            facts = onnx_blocks.apply(Graph(model), *blocks, kept, samples)
         elif scheme == "weight_only_wi8_afp32":
             model = onnx_graph.load(source)
             facts = onnx_channels.apply(Graph(model), kept)
