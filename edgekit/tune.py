@@ -43,7 +43,7 @@ _TYPES = {
 HEAD = ("", "type", "runtime", "MB", "ms", "times float", "cosine", "same", "")
 _TURNS = 5
 _RACED = "auto"  # Recipe.fusion: passes that are slower are left out
-_SLOWER = 1.02
+_SLOWER = 1.02  # as exporters/fusion.py drops a pass here
 _SAMPLES = 64
 # Without gates of the user's a candidate must keep the one or, if it classifies, the other.
 _LEAST_COSINE, _LEAST_CLASSES = 0.995, 0.93
@@ -89,9 +89,12 @@ def tune(
     data = Path(eval_data) if eval_data is not None else None
     options = {"calibration": calibration, "chunks": chunks}
     out = Path(out)
-    race_there = device is not None and fusion == _RACED
-    if race_there:
+    race_on = device if fusion == _RACED else None
+    if race_on is not None:
         fusion = ",".join(_passes())
+    if device is not None:
+        with open_target(device) as target:
+            target.identify()  # who is not there is told before the work
     with _fs.scratch(out.absolute().with_name(f"{out.name}.tuning")) as folder:
         candidates = _made(source, folder, options, fusion, progress)
         runtimes = _runtimes(device)
@@ -105,9 +108,9 @@ def tune(
                 + "; ".join(f"{v.type} in {v.runtime}: {v.why_not}" for v in variants),
                 hint="nothing was kept; choose other gates, or export one --type",
             )
-        if race_there:
+        if race_on is not None:
             (whole,) = (each.artifact for each in candidates if each.type == chosen.type)
-            fusion = _not_slower(whole, source, options, device, progress)
+            fusion = _not_slower(whole, source, options, race_on, progress)
     threads = next(
         row.n_threads
         for row in report.rows
@@ -150,7 +153,7 @@ def _not_slower(
     whole: Artifact,
     source: ModelSource,
     options: dict[str, Any],
-    device: str | None,
+    device: str,
     progress: Progress,
 ) -> str:
     """The passes of ``whole`` that are not slower on ``device``, in the words of Recipe.fusion: its
@@ -158,7 +161,6 @@ def _not_slower(
     """
     from edgekit.exporters import passes
 
-    assert device is not None
     fired = whole.manifest.details["passes"]
     raced = [name for name in _passes() if fired.get(name) and name not in passes.UNMEASURED]
     kind = whole.manifest.recipe.type

@@ -12,7 +12,7 @@ import tiny_torch
 
 from edgekit import tune
 from edgekit.artifact import MANIFEST, Artifact
-from edgekit.errors import GateError, UsageError
+from edgekit.errors import ConnectError, GateError, UsageError
 from edgekit.intervals import Interval
 from edgekit.latency_report import LatencyRow
 from edgekit.receipt import Gates, Receipt, Tuning, Variant
@@ -83,6 +83,18 @@ def test_a_pass_that_is_slower_on_the_board_is_left_out() -> None:
 def test_a_goal_nobody_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="optimize-for"):
         tune.tune(tmp_path, "speed", out=tmp_path / "out")
+
+
+def test_a_board_that_is_not_there_is_told_before_the_work(tmp_path: Path) -> None:
+    vit, stages = tiny_torch.vit_folder(tmp_path / "vit"), []
+    with pytest.raises(ConnectError):
+        tune.tune(
+            *(vit, "latency"),
+            out=tmp_path / "out",
+            device="nobody.invalid",
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert not stages and [path.name for path in tmp_path.iterdir()] == ["vit"]
 
 
 @pytest.fixture(scope="module")
