@@ -85,27 +85,17 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
 
     ``mode`` holds from the first byte on, less the umask: 0o600 for what nobody else may read.
     """
+    write_pieces(path, [data], mode=mode)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o666) -> None:
+    """``write_atomic`` for a file that is too large to hold."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             with open(made, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_dir(path.parent)
-
-
-def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is too large to hold, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with disk_errors(path):
-        try:
-            with temporary.open("xb") as file:
                 for piece in pieces:
                     file.write(piece)
             publish(temporary, path)
