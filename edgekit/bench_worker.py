@@ -230,9 +230,4 @@ class _Child:
 
     def peak_rss_bytes(self) -> int | None:
         """The most that this process ever held in memory."""
-        # Not ru_maxrss, which starts at what the parent held.
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) << 10
-        return None
+        return machine.peak_bytes()

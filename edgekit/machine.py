@@ -6,6 +6,7 @@ is None, and nothing here fails.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -36,6 +37,8 @@ FEATURES = {
     "SME": ("sme",),
 }
 
+
+_OWN = Path("/proc/self")
 
 # "CPU part" of /proc/cpuinfo (Arm's MIDR_EL1 part numbers) -> the core's name.
 CORES = {
@@ -155,6 +158,21 @@ def memory(root: Path) -> Memory:
         swap_used_bytes=(swap - kib.get("SwapFree", swap)) << 10,
         limit_bytes=min(real, default=None),
     )
+
+
+def peak_bytes() -> int | None:
+    """The most that this process ever held in memory, since ``forget_peak`` where that was called;
+    None where the system does not tell.
+    """
+    # Not ru_maxrss, which starts at what the parent held.
+    kib = _kib(_read(_OWN / "status") or "")
+    return kib["VmHWM"] << 10 if "VmHWM" in kib else None
+
+
+def forget_peak() -> None:
+    """From now on ``peak_bytes`` starts at what is held now (proc(5), clear_refs), if it can."""
+    with contextlib.suppress(OSError), open(_OWN / "clear_refs", "wb") as file:
+        file.write(b"5")
 
 
 def cpu_limit(root: Path) -> float | None:

@@ -39,7 +39,8 @@ _META = "edgekit"
 class Progress:
     """Where a run stands: ``step`` steps are done, in ``seconds`` of work so far. ``best`` is the
     lowest loss of an evaluation and ``waited`` the evaluations since. ``evaluations`` holds the
-    figures of each, with its step.
+    figures of each, with its step. ``needed_bytes`` is what a step should need beside the weights
+    and ``taken_bytes`` what the first two took, None where the system does not tell.
     """
 
     step: int = 0
@@ -48,6 +49,8 @@ class Progress:
     waited: int = 0
     done: bool = False
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    needed_bytes: int = 0
+    taken_bytes: int | None = None
 
 
 def model_state(model: torch.nn.Module, *, everywhere: bool = False) -> Tensors:

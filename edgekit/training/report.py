@@ -24,7 +24,10 @@ _SHARES = ("accuracy", "recall", "share", "mfu", "low", "high", "difference")
 
 @dataclass(frozen=True)
 class Phase:
-    """One ``fit``: its steps and seconds, and what its last evaluation found."""
+    """One ``fit``: its steps and seconds, and what its last evaluation found. Of the memory that a
+    step takes beside the weights, ``needed_bytes`` is the sum that was told before the first one,
+    and ``taken_bytes`` what the first two took.
+    """
 
     name: str
     steps: int
@@ -33,6 +36,8 @@ class Phase:
     per_s: float
     unit: str
     figures: dict[str, float]
+    needed_bytes: int = 0
+    taken_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,14 @@ def markdown(report: TrainingReport) -> str:
             f"{each.samples:,}",
             f"{each.seconds:.0f}",
             f"{each.per_s:,.0f} {each.unit}/s",
+            f"{each.needed_bytes / 1e6:,.0f} MB",
+            "-" if each.taken_bytes is None else f"{each.taken_bytes / 1e6:,.0f} MB",
             ", ".join(f"{name} {shown(name, value)}" for name, value in each.figures.items()),
         ]
         for each in report.phases
     ]
-    lines += _table(["phase", "steps", "samples", "seconds", "speed", "held out"], phases)
+    head = ["phase", "steps", "samples", "seconds", "speed", "a step needs", "took", "held out"]
+    lines += _table(head, phases)
     where = f"{report.machine.cpu or report.machine.architecture}, {report.device}"
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += [
@@ -151,6 +159,8 @@ def parse(body: dict[str, Any]) -> TrainingReport:
     """The report of a ``to_dict``. Raises SourceError for another form."""
     try:
         fields = {name: value for name, value in body.items() if name not in ("schema", "settings")}
+        # Earlier reports do not tell of memory.
+        fields["phases"] = [{"needed_bytes": 0, "taken_bytes": None} | e for e in body["phases"]]
         found = typed_json.read(_Figures, fields, FILE)
         return TrainingReport(settings=dict(body["settings"]), **vars(found))
     except (typed_json.Mismatch, KeyError, TypeError) as error:

@@ -129,6 +129,8 @@ class Run:
                     each.per_s,
                     each.unit,
                     each.figures,
+                    each.needed_bytes,
+                    each.taken_bytes,
                 )
                 for each, settings in self._fitted
             ),

@@ -118,15 +118,16 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
     if settings.experts and settings.twin:
         twin = _pretrained(run, settings, "dense", dense, data, judge)
         results.append(_result(run, settings, "dense twin", dense, twin))
+    ours = _losses(shape, pretrained, held, settings.length)
+    if twin:
+        its = _losses(dense, twin, held, settings.length)
+        remarks.append(ahead(results[0].name, ours, results[1].name, its, held_bytes))
     if settings.ngram and run.main:
         whole = np.asarray(tokens["train"])
         read = settings.steps * settings.batch * settings.length
         rivals = {"": whole}
         if read < len(whole):
             rivals[", as many tokens"] = texts.spread(whole, read, 8 * settings.length)
-        model = Llama(shape)
-        model.load_state_dict(pretrained.state)
-        ours = losses_of(held, settings.length)(model.eval())
         for more, read_by_it in rivals.items():
             rival, nats = judge_ngram(read_by_it, held, held_bytes, shape.vocab)
             results.append(replace(rival, name=rival.name + more))
@@ -202,7 +203,8 @@ def _result(
     figures = {"parameters": parameters}
     if settings.experts:
         figures["active_parameters"] = float(shape.matrices)
-        figures["training_bytes_computed"] = 16 * parameters
+        if fitted.taken_bytes is not None:
+            figures["training_bytes"] = 4 * parameters + fitted.taken_bytes
     figures |= fitted.figures
     figures["trained_tokens"] = float(fitted.steps * settings.batch * settings.length)
     figures["training_tok_s"] = fitted.per_s
@@ -222,8 +224,8 @@ def _remarks(settings: TinyLlamaSettings, held: np.ndarray[Any, Any], held_bytes
         found.append(
             f"sparse: {settings.experts} experts a block, {settings.chosen} for each token, each"
             f" 1/{settings.chosen} as wide as the twin's feed-forward part;"
-            " training_bytes_computed, not measured: weights, gradients and AdamW's two values,"
-            " 16 bytes a weight"
+            " training_bytes: the weights, and what the first two steps took beside them, which is"
+            " gradients, AdamW's two values and activations"
         )
     return found
 
@@ -260,6 +262,12 @@ def losses_of(held: np.ndarray[Any, Any], length: int) -> Callable[[torch.nn.Mod
         return torch.cat(found)
 
     return losses
+
+
+def _losses(shape: Shape, fitted: Fitted, held: np.ndarray[Any, Any], length: int) -> torch.Tensor:
+    model = Llama(shape)
+    model.load_state_dict(fitted.state)
+    return losses_of(held, length)(model.eval())
 
 
 def judge_ngram(

@@ -94,6 +94,7 @@ class Fitted:
     averaged weights where the settings ask for them, those of the best evaluation where they ask
     for patience. It belongs into a model that is built anew: the task's own may have shards alone.
     ``evaluations`` each have "step" and what Task.evaluate returned; the last one is of ``state``.
+    ``needed_bytes`` and ``taken_bytes`` are as in checkpoint.Progress.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Fitted:
     seconds: float
     per_s: float
     unit: str
+    needed_bytes: int
+    taken_bytes: int | None
 
     @property
     def figures(self) -> dict[str, float]:
@@ -165,8 +168,10 @@ class _Loop:
 
     def run(self) -> Fitted:
         resumes = self.path.exists()
+        watch = None
         if not resumes:
             self._check_memory()
+            watch = memory.Watch(self.accelerator.device)
         self.average = Average(self.model, self.settings.ema)
         if resumes:
             self.progress, curve = checkpoint.load(
@@ -180,6 +185,8 @@ class _Loop:
             self._step(step)
             progress.step = step + 1
             last = progress.step == settings.steps
+            if watch and (last or progress.step == 2):  # the optimizer's values come in the first
+                progress.taken_bytes, watch = watch.most_bytes(), None
             saves = last or progress.step % settings.checkpoint_every == 0
             evaluates = last or bool(
                 settings.eval_every and progress.step % settings.eval_every == 0
@@ -376,6 +383,8 @@ class _Loop:
             seconds=progress.seconds,
             per_s=self._per_s(),
             unit=self.task.unit,
+            needed_bytes=progress.needed_bytes,
+            taken_bytes=progress.taken_bytes,
         )
 
     def _check_memory(self) -> None:
@@ -396,6 +405,7 @@ class _Loop:
             device=self.accelerator.device,
         )
         found.check()
+        self.progress.needed_bytes = found.needed
         if self.accelerator.is_main_process:
             none = (math.nan, 0.0, 0.0)
             self.say(

@@ -353,7 +353,8 @@ def test_what_does_not_fit_the_memory_is_told_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 6 * 32 + 32 + 32 * 32 + 32 + 32 + 1
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 4 * weights + 10_000)
+    monkeypatch.setattr(memory, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 15 * weights + 10_000)
     stepped = []
     with pytest.raises(DoesNotFitError) as caught:
         fit(tmp_path, evaluate=lambda model: stepped.append(1))
@@ -431,8 +432,43 @@ def test_the_sum_of_the_memory_counts_what_autograd_keeps() -> None:
     found = memory.measure(model, forward, samples=100, averages=True, device=torch.device("cpu"))
     weights = 4 * (64 * 256 + 256 + 256 * 8 + 8)
     assert (found.gradients, found.optimizer, found.average) == (weights, 2 * weights, weights)
-    # The input of the first layer, and the output of tanh, which is the input of the last too.
-    assert found.per_sample == 4 * (64 + 256)
+    # The input of the first layer, and the output of tanh, which is the input of the last too: with
+    # its gradient and a copy of that.
+    assert found.per_sample == 4 * (64 + 3 * 256)
+    asked_for = 4 * weights + found.activations
+    assert found.needed == found.spare_bytes + asked_for + asked_for // 4
+    assert f"spare room {found.spare / 1e6:,.1f} MB" in str(found)
+
+
+@pytest.mark.parametrize("large", [1, 4])
+def test_what_a_step_takes_is_measured_and_is_about_what_was_told(
+    tmp_path: Path, large: int
+) -> None:
+    """Of a network whose activations count: 64 or 256 MB of them, and 16 MB of weights."""
+    points = Points()
+    points.x = torch.randn(len(points), 1024)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return model(batch[0].repeat(128 * large, 1)).square().sum()
+
+    def wide() -> torch.nn.Module:
+        layers = [torch.nn.Linear(1024, 1024) for _ in range(4)]
+        return torch.nn.Sequential(*(part for each in layers for part in (each, torch.nn.GELU())))
+
+    settings = replace(SETTINGS, steps=6, ema=0.0, threads=1)
+    given: Any = {"data": points, "loss": loss, "evaluate": None}
+    found = fit(tmp_path, settings, model=wide(), **given)
+    assert found.taken_bytes is not None and found.needed_bytes > large * 64e6
+    assert 0.6 < found.taken_bytes / found.needed_bytes < 1.25
+    again = fit(tmp_path, settings, model=wide(), **given)  # what is finished is not measured again
+    assert (again.needed_bytes, again.taken_bytes) == (found.needed_bytes, found.taken_bytes)
+
+
+def test_where_the_system_does_not_tell_nothing_is_said_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.machine._OWN", tmp_path / "nowhere")
+    assert fit(tmp_path / "run").taken_bytes is None
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
