@@ -25,6 +25,7 @@ from edgekit.errors import RecipeError
 from edgekit.formats import json_file
 from edgekit.source import ModelSource
 from edgekit.training import (
+    bootstrap,
     checkpoint,
     deploy,
     language,
@@ -42,7 +43,7 @@ from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run, strictly_repeatable
 from edgekit.training.settings import setting
-from edgekit.training.tinyllama import judge_of
+from edgekit.training.tinyllama import figures_of, judge_of, losses_of
 from edgekit.training.trainer import Status, Task
 
 Method = Literal["depth", "width", "wanda", "wanda-2-of-4"]
@@ -100,11 +101,10 @@ def run(run: Run, settings: PruneLmSettings) -> TrainingReport:
     """Prune in each way, judge, tune if asked for; write the folder of the first."""
     found = pretrained.opened(run, settings.model)
     text = model_texts.tokens(run, found, settings)
-    judge = judge_of(text.held, text.held_bytes, settings.length)
     data = texts.Packed(text.train, settings.length)
     whole = pretrained.model(found, _CLASS).to(run.accelerator.device).eval()
     layer_pass.check(whole)
-    work = _Work(run, settings, found, whole, judge, data)
+    work = _Work(run, settings, found, whole, text, data)
 
     first, *others = dict.fromkeys(settings.methods)
     names = [name for method in (first, *others) for name in (method, BESIDE[method])] + [UNPRUNED]
@@ -123,9 +123,12 @@ def run(run: Run, settings: PruneLmSettings) -> TrainingReport:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A row of the table; ``fill`` writes its folder, ``layers`` are the numbers of those left."""
+    """A row of the table; ``nats`` are its losses on each piece of the held-out text, ``layers``
+    the numbers of those left; ``fill`` writes its folder.
+    """
 
     figures: dict[str, float]
+    nats: tuple[float, ...]
     layers: tuple[int, ...]
     fill: Callable[[Path], None]
 
@@ -136,7 +139,7 @@ class _Work:
     settings: PruneLmSettings
     found: ModelSource
     whole: Any
-    judge: Callable[[torch.nn.Module], dict[str, float]]
+    text: model_texts.ModelText
     data: texts.Packed
 
     def judged(self, name: str, number: int, count: int) -> Pruned:
@@ -146,8 +149,10 @@ class _Work:
             begun_s = time.monotonic()
             folder.mkdir()
             model, layers = self._made(name)
-            figures = self._figures(model)
-            body = {"figures": figures, "layers": layers, "changes": _changes(model)}
+            nats = self._losses(model)
+            figures = self._figures(model, nats)
+            body = {"figures": figures, "nats": nats.tolist(), "layers": layers}
+            body["changes"] = _changes(model)
             if name in self._kept:
                 checkpoint.write(folder / model_folder.WEIGHTS, pretrained.state_of(model))
             _fs.write_atomic(folder / _FIGURES, json.dumps(body).encode())
@@ -163,7 +168,7 @@ class _Work:
             state, _ = checkpoint.read(folder / model_folder.WEIGHTS)
             pretrained.write(out, self.found, state, body["changes"])
 
-        return Pruned(body["figures"], tuple(body["layers"]), fill)
+        return Pruned(body["figures"], tuple(body["nats"]), tuple(body["layers"]), fill)
 
     @property
     def _kept(self) -> tuple[str, ...]:
@@ -171,15 +176,21 @@ class _Work:
         beside = BESIDE[self.settings.methods[0]]
         return (UNPRUNED, *self.settings.methods, *([beside] if self.settings.tune else []))
 
-    def _figures(self, model: torch.nn.Module) -> dict[str, float]:
-        with torch.no_grad():
-            found = self.judge(model)
+    def _losses(self, model: torch.nn.Module) -> torch.Tensor:
+        return losses_of(self.text.held, self.settings.length)(model)
+
+    def _figures(self, model: torch.nn.Module, nats: torch.Tensor) -> dict[str, float]:
+        found = figures_of(nats, self._held_tokens, self.text.held_bytes)
         return {
             "parameters": float(sum(each.numel() for each in model.parameters())),
             "zeros_share": wanda.zeros_share(model),
             "perplexity": math.exp(found["loss"]),
             **found,
         }
+
+    @property
+    def _held_tokens(self) -> int:
+        return len(self.text.held) - 1
 
     def _made(self, name: str) -> tuple[Any, list[int]]:
         """The model ``name``, and the numbers of its layers in the whole one."""
@@ -246,7 +257,7 @@ class _Work:
             network,
             self.data,
             language.loss,
-            self.judge,
+            judge_of(self.text.held, self.text.held_bytes, self.settings.length),
             texts.terms,
             "tok",
             self.settings.length,
@@ -260,23 +271,31 @@ class _Work:
 
         own = {key: body["figures"][key] for key in ("parameters", "zeros_share")}
         figures = own | {"perplexity": math.exp(fitted.figures["loss"])} | dict(fitted.figures)
-        return Pruned(figures, tuple(body["layers"]), fill)
+        nats = self._losses(model.eval())
+        return Pruned(figures, tuple(nats.tolist()), tuple(body["layers"]), fill)
 
     def remarks(self, rows: Mapping[str, Pruned]) -> list[str]:
         """What the table does not say."""
         settings = self.settings
-        loss = rows[UNPRUNED].figures["loss"]
         found = [
             f"nothing is trained but what is called tuned; choices were made by"
             f" {min(settings.calibration, len(self.data))} pieces of {settings.length} tokens, and"
-            f" judged by other text of {settings.text}",
+            f" judged by other text of {settings.text}; intervals are of 95%, from a paired"
+            f" bootstrap over its {len(rows[UNPRUNED].nats)} pieces",
         ]
         for method in dict.fromkeys(settings.methods):
-            lost, other = (rows[name].figures["loss"] - loss for name in (method, BESIDE[method]))
+            lost = self._apart(rows[method], rows[UNPRUNED])
+            other = self._apart(rows[BESIDE[method]], rows[method])
             found.append(
-                f"{method} loses {lost:.3f} nats a token, {BESIDE[method]} (as large, chosen"
-                f" without a text) {other:.3f}"
+                f"{method} loses {lost} nats a token, {BESIDE[method]} (as large, chosen without"
+                f" a text) {other} more"
             )
+        if settings.tune:
+            first = f"{settings.methods[0]}-tuned"
+            beside = f"{BESIDE[settings.methods[0]]}-tuned"
+            lost = self._apart(rows[first], rows[UNPRUNED])
+            other = self._apart(rows[beside], rows[first])
+            found.append(f"{first} loses {lost} nats a token, {beside} {other} more")
         if "depth" in rows:
             by = f"by {settings.depth_by}"
             if settings.depth_by == "loss":
@@ -292,6 +311,12 @@ class _Work:
                 zeros = "; its kernels skip no zeros" if row.figures["zeros_share"] else ""
                 found.append(told + zeros)
         return found
+
+    def _apart(self, one: Pruned, other: Pruned) -> str:
+        """Nats a token of ``one`` less those of ``other``, with the interval."""
+        each = len(one.nats) / self._held_tokens  # so that the mean of the pieces is a loss
+        found = bootstrap.paired(*([each * nats for nats in side.nats] for side in (one, other)))
+        return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _changes(model: Any) -> dict[str, int]:

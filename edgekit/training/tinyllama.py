@@ -235,15 +235,13 @@ def judge_of(
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
     """A function that gives nats a token and bits a byte on ``held``, each token judged once."""
     losses = losses_of(held, length)
+    return lambda model: figures_of(losses(model), len(held) - 1, held_bytes)
 
-    def judge(model: torch.nn.Module) -> dict[str, float]:
-        total = float(losses(model).sum())
-        return {
-            "loss": total / (len(held) - 1),
-            "bits_per_byte": total / math.log(2) / held_bytes,
-        }
 
-    return judge
+def figures_of(nats: torch.Tensor, tokens: int, held_bytes: int) -> dict[str, float]:
+    """Nats a token and bits a byte, of the ``nats`` of all pieces of a held-out text."""
+    total = float(nats.sum())
+    return {"loss": total / tokens, "bits_per_byte": total / math.log(2) / held_bytes}
 
 
 def losses_of(held: np.ndarray[Any, Any], length: int) -> Callable[[torch.nn.Module], torch.Tensor]:
@@ -276,12 +274,7 @@ def judge_ngram(
     """The same figures of the Kneser-Ney model, and its nats of each token but the first."""
     model = KneserNey(train, vocab)
     nats = -torch.from_numpy(np.asarray(model.log_probabilities(held))).double()
-    total = float(nats.sum())
-    figures = {
-        "loss": total / (len(held) - 1),
-        "bits_per_byte": total / math.log(2) / held_bytes,
-        "trained_tokens": float(len(train)),
-    }
+    figures = figures_of(nats, len(held) - 1, held_bytes) | {"trained_tokens": float(len(train))}
     return Result(f"{model.order}-gram Kneser-Ney", figures), nats
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_each_way_stands_beside_one_as_large_that_looked_at_no_text(run: Path) -
         assert found["unpruned"]["loss"] < found[one]["loss"] < found[other]["loss"] + 0.05
     assert found["width"]["loss"] < found["width-by-size"]["loss"]
     assert found["wanda"]["zeros_share"] == found["wanda-2-of-4"]["zeros_share"] == 0.5
+    remarks = json.loads((run / "training.json").read_text())["remarks"]
+    (told,) = (each for each in remarks if each.startswith("width loses"))
+    lost, low, high, more, least, most = map(float, re.findall(r"-?\d+\.\d+", told))
+    assert lost == pytest.approx(found["width"]["loss"] - found["unpruned"]["loss"], abs=6e-4)
+    more_loss = found["width-by-size"]["loss"] - found["width"]["loss"]
+    assert more == pytest.approx(more_loss, abs=6e-4)
+    assert low < lost < high and least < more < most
     assert found["width"]["parameters"] < found["unpruned"]["parameters"]
 
 
@@ -88,6 +96,9 @@ def test_zeros_are_in_the_folder_and_stay_there_in_tuning(
     trained("prune-lm", tmp_path / "out", *pairs)
     found = rows(tmp_path / "out")
     assert list(found) == ["wanda-tuned", "magnitude-tuned", "wanda", "magnitude", "unpruned"]
+    remarks = json.loads((tmp_path / "out" / "training.json").read_text())["remarks"]
+    gained = found["wanda-tuned"]["loss"] - found["unpruned"]["loss"]
+    assert any(each.startswith(f"wanda-tuned loses {gained:.3f} [") for each in remarks)
     assert found["wanda-tuned"]["loss"] < found["wanda"]["loss"]
     tuned = pretrained.model(edgekit.source(tmp_path / "out"), "AutoModelForCausalLM")
     assert wanda.zeros_share(tuned) == found["wanda-tuned"]["zeros_share"] == 0.5
