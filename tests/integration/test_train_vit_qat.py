@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,35 @@ def test_the_file_has_4_bit_weights_and_the_receipt_proves_it(
             for path in sorted(pictures.rglob("*.png"))
         ]
     assert np.mean(answers) > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("litert_torch") is None, reason="litert-torch is not installed"
+)
+@pytest.mark.parametrize(
+    ("kind", "cosine"), [("weight_only_wi4_afp32", 0.9999), ("dynamic_wi4_afp32", 0.98)]
+)
+def test_tflite_holds_the_same_4_bits_and_answers_as_the_trained_network(
+    run: Path, pictures: Path, tmp_path: Path, kind: str, cosine: float
+) -> None:
+    from edgekit.formats import tflite
+
+    four = export(run, "tflite", type=kind, out=tmp_path / "four")
+    assert four.receipt["status"] == "proven"
+    assert four.receipt["agreement"]["cosine"]["value"] > cosine
+    assert four.manifest.details["matrices"] == 6
+    assert len(four.manifest.details["kept_float"]) == 2
+    packed = [each for each in tflite.read(four.model_path).constants if each.dtype == "int4"]
+    assert len(packed) == 6
+    onnx_file = export(run, "onnx", type="weight_only_wi4_afp32", out=tmp_path / "onnx")
+    files = sorted(pictures.rglob("*.png"))
+    with edgekit.load(four) as ours, edgekit.load(onnx_file) as theirs:
+        answers = [(ours.classify(path)[0][0], theirs.classify(path)[0][0]) for path in files]
+    right = np.mean(
+        [one == path.parent.name for (one, _), path in zip(answers, files, strict=True)]
+    )
+    assert right > 0.8 and np.mean([one == other for one, other in answers]) > 0.95
 
 
 def test_the_ends_get_4_bits_too_where_asked(pictures: Path, tmp_path: Path) -> None:
