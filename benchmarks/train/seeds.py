@@ -4,8 +4,9 @@
     benchmarks/train/seeds.py build/train/seed-*
 
 Each folder has the runs of one seed, as `SEEDS=3 benchmarks/train/run video` leaves them, or as
-`minimal-front` does, a folder deeper. A table for each run, a row for each model. Runs that differ
-in more than the seed are refused.
+`minimal-front` does, a folder deeper. A table for each run, a row for each model, and how far the
+first model is from each other one, seed by seed. Runs that differ in more than the seed are
+refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from edgekit.errors import UsageError
 from edgekit.training import report
 from edgekit.training.report import TrainingReport, shown
 from edgekit.training.settings import difference
+
+_APART = ("accuracy", "loss")
 
 
 def runs_of(folders: Sequence[Path]) -> dict[str, list[TrainingReport]]:
@@ -58,6 +61,24 @@ def table(bodies: Sequence[TrainingReport]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def differences(bodies: Sequence[TrainingReport]) -> list[str]:
+    """A line for each of ``_APART`` and each model but the first that has it too."""
+    first, *others = (row.name for row in bodies[0].results)
+    lines = []
+    for figure in _APART:
+        for other in others:
+            apart = []
+            for body in bodies:
+                rows = {row.name: row.figures for row in body.results}
+                if figure in rows[first] and figure in rows.get(other, {}):
+                    apart.append(rows[first][figure] - rows[other][figure])
+            if apart:
+                mean = statistics.fmean(apart)
+                told = ", ".join(f"{each:+.4f}" for each in apart)
+                lines.append(f"{figure} of {first} less that of {other}: {mean:+.4f} ({told})")
+    return lines
+
+
 def _spread(figure: str, values: Sequence[float]) -> str:
     if not values:
         return "-"
@@ -74,7 +95,7 @@ def main() -> None:
         where = bodies[0].machine.cpu or bodies[0].machine.architecture
         seeds = ", ".join(str(body.settings["seed"]) for body in bodies)
         print(f"{name}: mean [least, most] of seeds {seeds}; {bodies[0].taken_at}, {where}\n")
-        print("\n".join(table(bodies)))
+        print("\n".join([*table(bodies), "", *differences(bodies)]))
 
 
 if __name__ == "__main__":

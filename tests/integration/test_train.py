@@ -162,6 +162,14 @@ def test_the_front_is_trained_with_several_seeds_too(pictures: Path, tmp_path: P
     assert [line.partition(":")[0] for line in tables] == [f"minimal-front/{s}" for s in sizes]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| shift |")]
     assert len(rows) == 5 and all("[" in row for row in rows)
+    losses = {name: [] for name in ("shift", "conv")}
+    for seed in range(2):
+        path = tmp_path / f"seed-{seed}" / "minimal-front" / "5k" / "training.json"
+        for row in json.loads(path.read_text())["results"]:
+            losses[row["name"]].append(row["figures"]["loss"])
+    apart = [one - other for one, other in zip(losses["shift"], losses["conv"], strict=True)]
+    told = f"{sum(apart) / 2:+.4f} ({apart[0]:+.4f}, {apart[1]:+.4f})"
+    assert f"loss of shift less that of conv: {told}" in done.stdout
 
 
 def script(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
