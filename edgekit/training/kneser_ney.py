@@ -79,12 +79,7 @@ def _coded(tokens: Array, vocab: int, length: int) -> Array:
 
 
 def _order(grams: Array, counts: Array, vocab: int) -> _Order:
-    n1, n2, n3, n4 = (int((counts == n).sum()) for n in (1, 2, 3, 4))
-    y = n1 / max(1, n1 + 2 * n2)
-    cuts = [n - (n + 1) * y * more / max(1, less) for n, less, more in
-            ((1, n1, n2), (2, n2, n3), (3, n3, n4))]  # fmt: skip
-    cuts = [min(max(cut, 0.0), float(n)) for n, cut in enumerate(cuts, 1)]
-    discount = np.array([0.0, *cuts])[np.minimum(counts, 3)]
+    discount = _cuts(counts)[np.minimum(counts, 3) - 1]
     histories, first = np.unique(grams // vocab, return_index=True)
     totals = np.add.reduceat(counts, first).astype(np.float64)
     freed = np.add.reduceat(discount, first)
@@ -92,6 +87,21 @@ def _order(grams: Array, counts: Array, vocab: int) -> _Order:
     return _Order(
         grams, (counts - discount) / np.repeat(totals, lengths), histories, freed / totals
     )
+
+
+def _cuts(counts: Array) -> Array:
+    """What is taken from a count of 1, of 2, and of 3 or more: float64 [3] (equation 26). It tells
+    them by how many grams have a count of 1 to 4; where there are too few for a cut above 0 and no
+    larger than its count, as in KenLM, it is half of the count.
+    """
+    n1, n2, n3, n4 = (int((counts == n).sum()) for n in (1, 2, 3, 4))
+    if min(n1, n2, n3):
+        y = n1 / (n1 + 2 * n2)
+        ratios = (n2 / n1, n3 / n2, n4 / n3)
+        cuts = [n - (n + 1) * y * ratio for n, ratio in enumerate(ratios, 1)]
+        if min(cuts) > 0:
+            return np.array(cuts)
+    return np.array([0.5, 1.0, 1.5])
 
 
 def _find(sorted_values: Array, wanted: Array) -> tuple[Array, Array]:
