@@ -2,7 +2,8 @@
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 https://arxiv.org/abs/2103.00020, section 2.3 and figure 3: of a batch of pairs each picture is
-to find its sentence, and each sentence its picture. The baseline never reads a word: the same
+to find its sentence, and each sentence its picture. Likenesses are multiplied by a scale that is
+learned, 1 / 0.07 at first and 100 at most (section 2.5). The baseline never reads a word: the same
 encoder of pictures with a head for each attribute (size, colour, digit, place), trained on as many
 pictures. Both are asked for the whole caption; one in ten of all captions was kept from training.
 
@@ -12,6 +13,7 @@ The folder is a Hugging Face one: ``edgekit export`` makes two graphs of it that
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from edgekit import _fs
 from edgekit.errors import DataError, RecipeError
-from edgekit.training import captioned_digits, checkpoint, classify, deploy, images
+from edgekit.training import captioned_digits, checkpoint, classify, deploy, images, optimizer
 from edgekit.training.captioned_digits import ATTRIBUTES, CAPTIONS, MARKS, Scenes
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
@@ -36,6 +38,7 @@ _EVAL_BATCH = 250
 _TEST_SEED = 1 << 20  # no run's own seed
 _N_CTX = 16
 _RECALL = 5
+_HIGHEST_SCALE = 100.0  # of likenesses
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def run(run: Run, settings: DualEncoderSettings) -> TrainingReport:
         contrastive(ids),
         _evaluation(_by_likeness(ids), test, unseen),
         unit="pairs",
+        optimizers=clipped,
     )
     fitted = {"clip": run.fit(task, settings)}
     results = [Result("clip", {"parameters": _count(clip)} | fitted["clip"].figures)]
@@ -148,6 +152,21 @@ def run(run: Run, settings: DualEncoderSettings) -> TrainingReport:
     if settings.latency and run.main:
         results[0].figures.update(deploy.tower_figures(run, fill))
     return run.finish(fill, results, remarks)
+
+
+def clipped(model: nn.Module, settings: Settings) -> optimizer.Optimizers:
+    """AdamW, after each of whose steps the scale of the likenesses is brought down to 100, where it
+    is more: training gets unstable beyond that (section 2.5).
+    """
+    (found,) = optimizer.adamw(model, settings)
+    # By the end of its name, for a copy of several processes lies in a module of its own.
+    (scale,) = (each for name, each in model.named_parameters() if name.endswith("logit_scale"))
+
+    def clip(*_: Any) -> None:
+        scale.detach().clamp_(max=math.log(_HIGHEST_SCALE))
+
+    found.register_step_post_hook(clip)
+    return (found,)
 
 
 def contrastive(ids: torch.Tensor) -> Loss:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from training_data import digit_folder
 
 import edgekit
@@ -92,6 +93,43 @@ def test_pictures_that_share_a_caption_are_each_others() -> None:
     # log 2 for each of the four that have two right answers, halved.
     assert float(shared) == pytest.approx(2 * np.log(2), abs=1e-4)
     assert float(alone) == pytest.approx(2 * np.log(2), abs=1e-4)
+
+
+def test_the_loss_is_the_mean_of_both_ways_to_look() -> None:
+    """Of a batch whose captions all differ: section 2.3's pseudocode."""
+    torch.manual_seed(0)
+    likeness = torch.randn(5, 5) * 3  # of no symmetry
+
+    class Fixed(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> object:
+            return type("Found", (), {"logits_per_image": likeness})
+
+    loss = dual_encoder.contrastive(torch.zeros(600, 4, dtype=torch.int64))
+    own = torch.arange(5)
+    expected = (F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)) / 2
+    found = loss(Fixed(), (torch.zeros(5, 1), own * 7))
+    torch.testing.assert_close(found / 5, expected)
+
+
+def test_the_scale_of_likenesses_is_100_at_most(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dual_encoder._config
+
+    def begun_far_above(settings: dual_encoder.DualEncoderSettings, n_vocab: int) -> object:
+        config = made(settings, n_vocab)
+        assert config.logit_scale_init_value == pytest.approx(np.log(1 / 0.07), abs=1e-3)
+        config.logit_scale_init_value = 6.0
+        return config
+
+    monkeypatch.setattr(dual_encoder, "_config", begun_far_above)
+    more = ("scenes=40", "test_scenes=20", "steps=1", "eval_every=0", "baseline=no")
+    given = {pair.partition("=")[0]: pair for pair in (*TOY, *more)}
+    out = tmp_path / "out"
+    pairs = [f"data={digits}", *given.values()]
+    train("dual-encoder", pairs, out, resume=False, say=lambda status: None)
+    scale = load_file(out / "model.safetensors")["logit_scale"].exp()
+    assert float(scale) == pytest.approx(100, rel=1e-5)
 
 
 def test_what_is_found_among_the_first_is_counted_both_ways() -> None:
