@@ -113,6 +113,19 @@ def test_layers_that_do_nothing_go_and_nothing_changes(
         torch.testing.assert_close(logits(small, ids), logits(llama, ids))
 
 
+def test_influence_is_how_far_a_token_turns_on_its_way_through_a_layer(
+    llama: Any, ids: torch.Tensor
+) -> None:
+    with torch.no_grad():
+        states = llama(ids, output_hidden_states=True).hidden_states
+    found = layer_drop.influences(llama, ids)
+    for number in range(LAYERS - 1):  # behind the last one transformers puts the norm
+        before, after = states[number].flatten(0, 1), states[number + 1].flatten(0, 1)
+        lengths = before.norm(dim=1) * after.norm(dim=1)
+        expected = 1 - ((before * after).sum(1) / lengths).mean()
+        assert found[number] == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_by_loss_each_layer_goes_that_the_text_misses_least(llama: Any, ids: torch.Tensor) -> None:
     kept = list(range(LAYERS))
     for _ in range(2):
@@ -240,3 +253,28 @@ def test_what_stays_is_the_least_squares_solution_of_the_best_choice() -> None:
     assert kept.tolist() == [each for each in range(6) if each != gone]
     assert error(kept, found) == pytest.approx(errors[gone], rel=0.05)
     assert error(kept, found) < error(kept, matrix[:, kept])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_part_that_goes_is_the_cheapest_of_what_is_left(size: int) -> None:
+    """Three of six go: after each, what the others are worth is told anew (ZipLM)."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = 6 * size
+        x = torch.randn(300, inputs, generator=generator, dtype=torch.float64)
+        x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+        matrix = torch.randn(5, inputs, generator=generator, dtype=torch.float64)
+        left = list(range(6))
+        for _ in range(3):
+            errors = {}
+            for part in left:
+                rest = [p * size + n for p in left if p != part for n in range(size)]
+                solved = torch.linalg.lstsq(x[:, rest], x @ matrix.T)
+                missed = x[:, rest] @ solved.solution - x @ matrix.T
+                errors[part] = float(missed.square().sum())
+            left.remove(min(errors, key=errors.__getitem__))
+        kept, columns = narrow_layers.without(matrix, x.T @ x, size, 3)
+        rest = [p * size + n for p in left for n in range(size)]
+        assert kept.tolist() == rest
+        best = torch.linalg.lstsq(x[:, rest], x @ matrix.T).solution.T
+        torch.testing.assert_close(columns, best, rtol=0.05, atol=0.05)
