@@ -52,7 +52,7 @@ def choose(
 
     A knapsack, filled greedily: again and again the group loses those ``chunk`` channels (down to a
     multiple of it, and never the last of them) whose scores are the least for the time that they
-    save (Shen et al. 2022, "Structural Pruning via Latency-Saliency Knapsack", section 3.2; the
+    save (Shen et al. 2022, "Structural Pruning via Latency-Saliency Knapsack", equation 7; the
     greedy form is that of Yang et al. 2018, "NetAdapt", section 3.2). Of a group so many channels
     as ``least`` says stay: scores add up as if channels did not stand in for each other, and so say
     too little of the last ones. Raises RecipeError where the least that is left is still too slow.

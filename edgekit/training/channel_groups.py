@@ -124,8 +124,8 @@ def scores(
     - activation: the mean absolute value that leaves its batch norms (Molchanov et al. 2017,
       "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.2);
     - taylor: the square of gradient times value, summed over scale and shift of its batch norms
-      (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", section 3.1,
-      equation 8, with the gates of section 3.2), in the mean over the batches.
+      (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", section 3: the
+      squared gradient of a gate behind the batch norm), in the mean over the batches.
     """
     network.eval()
     if criterion == "taylor":

@@ -132,8 +132,9 @@ def _waves(time: torch.Tensor) -> torch.Tensor:
 
 
 def shares(time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha and sigma at ``time`` from 0 to 1: the cosine of Nichol and Dhariwal (equation 17),
-    with alpha^2 + sigma^2 = 1.
+    """alpha and sigma at ``time`` from 0 to 1, with alpha^2 + sigma^2 = 1: the cosine of Nichol and
+    Dhariwal (equation 17; their share of the image is alpha^2) without its offset, which keeps
+    discrete steps near 0 from being too small.
     """
     angle = time * _LAST * torch.pi / 2
     return torch.cos(angle), torch.sin(angle)

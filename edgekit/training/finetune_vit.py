@@ -1,7 +1,7 @@
 """Recipe: what is learned from a thousand images: a vision transformer, taught anew in seven ways.
 
 The protocol is that of Zhai et al. 2019, "A Large-scale Study of Representation Learning with the
-Visual Task Adaptation Benchmark" (VTAB), section 3: 1,000 labelled examples, 800 of them to train
+Visual Task Adaptation Benchmark" (VTAB): 1,000 labelled examples, 800 of them to train
 on while the rate is chosen on the other 200, and then all to train on, judged on the whole test
 set. The methods, side by side at equal steps: "linear" trains the classifier alone; "lora" adapters
 in every linear layer (Hu et al. 2022); "dora" their directions and lengths apart (Liu et al. 2024);

@@ -4,7 +4,8 @@ Knows matrices and their codes; never a model, nor what is trained beside them.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3. A block of 64
 weights is divided by its largest magnitude and rounded to the nearest of 16 levels (4-bit
-NormalFloat); the magnitudes themselves take 8 bits (double quantization).
+NormalFloat); the magnitudes less their mean take 8 bits, with a step for 256 (double quantization,
+there in floats of 8 bits, here in whole numbers).
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ class OnGrid(torch.autograd.Function):
 
     LSQ: the step's is ``round(v) - v`` inside the range and the range's end outside, ``v = (x -
     offset) / step`` (section 2.1, equation 3), multiplied by ``scale`` (section 2.2); to ``x`` it
-    passes where it is inside (section 2.3). LSQ+: the offset's is 1 outside, 0 inside.
-    ``step`` and ``offset`` are of one value, or of one for each entry of the first axis.
+    passes where it is inside (section 2.3). LSQ+: the offset's is 1 outside, 0 inside. The range's
+    ends count as inside, as torch's clamp has it; to LSQ they are outside.
+    ``step`` is of one value, or of one for each entry of the first axis; beside an offset of one.
     """
 
     @staticmethod
@@ -78,8 +79,8 @@ class Levels(nn.Module):
     The step's logarithm is the parameter: Adam moves every parameter by about the learning rate,
     and steps differ by orders of magnitude. It also makes LSQ's factor 1 / sqrt(n high) (section
     2.2) matter to the norm of the gradients alone, where it stays. ``low`` and ``high`` are whole
-    numbers; LSQ counts them from ``bits`` in section 2. Until ``fit`` it lets values through, and
-    ``watch`` collects them.
+    numbers; LSQ counts them from ``bits`` in section 2. While ``seen`` is a list it lets values
+    through, and keeps some of each in there; ``set`` gives it its grid.
     """
 
     def __init__(self, bits: int, kind: Range) -> None:

@@ -84,9 +84,9 @@ def loss_of(beta: float) -> Loss:
 
 def figures(found: torch.Tensor, reference: torch.Tensor, beta: float) -> dict[str, float]:
     """Of the ``logs`` of pairs and those before training, float32 [pairs, 2]: the mean "loss";
-    "accuracy", the share of pairs of which the model has come to like the better answer more (the
-    paper's figure 3); and "likelier_share", of which it gives the better one the higher
-    probability.
+    "accuracy", the share of pairs of which the model has come to like the better answer more (so
+    the implicit reward of section 4 ranks them); and "likelier_share", of which it gives the better
+    one the higher probability.
     """
     gained = found - reference
     margin = gained[:, 0] - gained[:, 1]

@@ -15,8 +15,8 @@ def factor(settings: Settings, step: int) -> float:
 
     All rise in a straight line over the warm-up. Then "cosine": half a cosine down to ``min_lr``
     (Loshchilov and Hutter 2017, SGDR, section 3, equation 5, without restarts). "wsd": level, and
-    in the last ``decay`` of the steps down in a straight line (Hu et al. 2024, MiniCPM, section
-    4.2: warm-up, stable, decay). "constant": level to the end.
+    in the last ``decay`` of the steps down (Hu et al. 2024, MiniCPM, section 4.2, equation 1, which
+    leaves the form of the fall open: here a straight line). "constant": level to the end.
     """
     warmup = round(settings.warmup * settings.steps)
     if step < warmup:

@@ -20,7 +20,7 @@ Rule = Callable[[torch.Tensor], torch.Tensor]
 
 def by_activation(model: Any, ids: torch.Tensor, rule: Rule) -> Any:
     """A copy of the model with zeros where ``rule`` puts them, by scores |W_ij| ||X_j||_2 (Sun et
-    al. 2023, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), section
+    al. 2024, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda), section
     3, equation 1): X_j is what enters input j for the pieces ``ids``, int64 [pieces, length], which
     have gone through the layers before with their zeros. Nothing is trained.
     """
