@@ -46,7 +46,8 @@ def of_attention(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
     """Half the squared distance of where both look, in the mean over the layers, summed over the
     batch. Where a layer looks is the sum of its channels' squares at each place, as a vector of
     length 1 (Zagoruyko and Komodakis 2017, "Paying More Attention to Attention",
-    https://arxiv.org/abs/1612.03928, section 3.1: activation-based attention transfer).
+    https://arxiv.org/abs/1612.03928, section 3.1: activation-based attention transfer; there it is
+    the distance itself, which has no slope where both look alike).
     Features [batch, channels, height, width], channels of any number.
     """
     parts = []
