@@ -70,6 +70,8 @@ def _layers(graph: Graph) -> dict[str, tuple[str, str]]:
 def _means(model: Any, names: list[str], samples: Feeds) -> dict[str, Any]:
     """Node -> the mean of each channel of its output, float64 [channels]."""
     nodes = {node.name: node.output[0] for node in model.graph.node if node.name in set(names)}
+    if not nodes:
+        return {}  # the engine takes an empty list of outputs for all of them
     copy = type(model).FromString(model.SerializeToString())
     known = {value.name for value in copy.graph.output}
     copy.graph.output.extend(

@@ -77,3 +77,19 @@ def test_the_best_of_what_was_tried_is_what_is_written(tmp_path: Path) -> None:
         for name in ("m.onnx", "q.onnx")
     )
     assert abs(ort_quantization.loss(wanted, found) / facts["calibration_loss"] - 1) < 1e-3
+
+
+def test_a_network_without_biases_is_quantized_all_the_same(tmp_path: Path) -> None:
+    """Shifts and 1x1 convolutions have none but in the last layer, which may stay in floats."""
+    generator = np.random.default_rng(6)
+    weights = generator.normal(0, 0.3, (8, 3, 3, 3))
+    node, constants = tiny_cnn.convolution("c", weights, np.zeros(8), "x")
+    del node.input[2]
+    kept = [each for each in constants if each.name in node.input]
+    onnx.save(tiny_cnn.model([node], kept, "c"), str(tmp_path / "m.onnx"))
+    facts = onnx_quantizer.quantize(
+        *(tmp_path / "m.onnx", tmp_path / "q.onnx", "static_wi8_ai8"),
+        samples=tiny_cnn.samples(onnx_static._TRIALS + 4),
+        progress=no_progress,
+    )
+    assert any("corrected" in name for name in facts["tried"]) and not facts["biases_corrected"]
