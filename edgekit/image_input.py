@@ -70,6 +70,10 @@ def _opened(image: Any, channels: int) -> Any:
             return _in_colour(library, ImageOps.exif_transpose(picture), channels)
     except UsageError:
         raise
+    except library.UnidentifiedImageError:
+        raise UsageError(
+            f"{name} is no image that can be read (none of {', '.join(_FORMATS)})"
+        ) from None
     except Exception as error:  # PIL's plugins raise what they like over broken files
         raise UsageError(f"{name} is no image that can be read ({error})"[:300]) from None
 

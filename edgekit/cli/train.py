@@ -6,7 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ from edgekit.registry import RECIPES, load
 from edgekit.training.catalogue import CATALOGUE, Entry
 
 _TICK_S, _LINE_S = 0.2, 10.0
+_CLASSES = 12  # that are shown; training.md has all
 
 
 @click.command()
@@ -98,15 +101,25 @@ def _settings(recipe: str, pairs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _render(out: Path, body: dict[str, Any]) -> None:
-    load_columns, parse = (
-        load(f"edgekit.training.report:{name}", extra="train") for name in ("columns", "parse")
+    columns, class_columns, worst, parse = (
+        load(f"edgekit.training.report:{name}", extra="train")
+        for name in ("columns", "class_columns", "worst", "parse")
     )
     report = parse(body)
-    head, rows = load_columns(report)
+    head, rows = columns(report)
     show.table(rows, head=head)
+    if report.classes:
+        few = len(report.classes) <= _CLASSES
+        shown = report.classes if few else worst(report.classes, _CLASSES)
+        head, rows = class_columns(shown)
+        click.echo(f"\n{'classes' if few else f'the {len(shown)} classes that are found least'}")
+        show.table(rows, head=head)
+    click.echo()
     for remark in report.remarks:
-        click.echo(remark)
-    click.echo(f"the run is in {out}; edgekit export takes it")
+        click.echo(f"- {remark}")
+    entry = CATALOGUE.get(report.recipe)
+    into = f" --format {entry.into}" if entry else ""
+    click.echo(f"\nthe run is in {out}; next: edgekit export {quote(str(out))}{into}")
 
 
 class _Line:
@@ -123,6 +136,11 @@ class _Line:
             if not self._quiet:
                 click.echo(f"{status.phase}: a step needs {status.memory}", err=True)
             return
+        if status.note:
+            if not self._quiet:
+                self.close()
+                click.echo(f"{status.phase}: {status.note}", err=True)
+            return
         now_s = time.monotonic()
         wait_s = _TICK_S if self._redraws else _LINE_S
         last = status.step == status.steps
@@ -130,10 +148,10 @@ class _Line:
             return
         self._shown_s = now_s
         left_s = round(status.left_s)
+        loss = f"  loss {status.loss:.4f}  lr {status.lr:.2g}" if isfinite(status.loss) else ""
         text = (
-            f"{status.phase} {status.step}/{status.steps}  loss {status.loss:.4f}"
-            f"  lr {status.lr:.2g}  {status.per_s:,.0f} {status.unit}/s"
-            f"  {left_s // 60}:{left_s % 60:02} left"
+            f"{status.phase} {status.step}/{status.steps}{loss}"
+            f"  {status.per_s:,.0f} {status.unit}/s  {left_s // 60}:{left_s % 60:02} left"
         )
         if self._redraws:
             click.echo(f"\r\033[K{text}", nl=last, err=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Entry:
     """``measured`` is a result in a few words, and ``command`` what printed it; empty: not yet.
-    Several commands are parted by "; ".
+    Several commands are parted by "; ". ``into`` is the format that its folder is exported to.
     """
 
     about: str
     measured: str = ""
     command: str = ""
+    into: str = "onnx"
 
 
 CATALOGUE = {
@@ -38,6 +39,7 @@ CATALOGUE = {
         "SmolLM2 cut to 97,349,184 of 134,515,008 weights, little text: perplexity 47.95, alone"
         " 268.7, uncut 32.5",
         "benchmarks/train/run distill-lm steps=300 train_chars=150000 lr=5e-4",
+        into="gguf",
     ),
     "dual-encoder": Entry(
         "Pictures and sentences in one space (CLIP): a classifier by words.",
@@ -50,6 +52,7 @@ CATALOGUE = {
         "SmolLM2 on glosses, 30 steps, nats a token of held-out answers: before 4.089, LoRA 2.547,"
         " QLoRA 2.580, DoRA 2.544, all weights 2.478 (three seeds)",
         "SEEDS=3 benchmarks/train/run finetune",
+        into="gguf",
     ),
     "finetune-vit": Entry(
         "A vision transformer taught anew from 1,000 images: five methods side by side.",
@@ -77,6 +80,7 @@ CATALOGUE = {
         "SmolLM2 cut to 114.6 of 134.5 million weights: perplexity 49.6 for 29.8 (chosen by size:"
         " 3.4 million)",
         "benchmarks/train/run prune-lm held_tokens=2000 calibration=16",
+        into="gguf",
     ),
     "tinyllama": Entry(
         "A small Llama from raw text: tokenizer, pretraining, tuning on answers; or of experts.",
@@ -85,6 +89,7 @@ CATALOGUE = {
         " 8 experts, 2 chosen: training at 2,139 tok/s in 697 MB, the dense twin at 2,334 in 442",
         "benchmarks/train/run tinyllama; benchmarks/train/run edgekit-tiny;"
         " SEEDS=3 benchmarks/train/run sparse-experts",
+        into="gguf",
     ),
     "video": Entry(
         "A classifier of short clips: frames that meet by shifts of channels (TSM).",

@@ -15,7 +15,7 @@ from edgekit.intervals import Interval
 from edgekit.training.images import Images, Labelled
 from edgekit.training.images import load as load_images
 from edgekit.training.settings import Settings, setting
-from edgekit.training.trainer import Batch, Loss
+from edgekit.training.trainer import Batch, Loss, Say
 
 _EVAL_BATCH = 500
 _RESAMPLES = 10_000
@@ -37,9 +37,9 @@ class ClassifierSettings(Settings):
     smoothing: float = setting(0.1, "label smoothing")
 
 
-def load(settings: ClassifierSettings) -> Labelled:
+def load(settings: ClassifierSettings, say: Say) -> Labelled:
     """All images of ``settings``. Raises DataError."""
-    return load_images(settings.data, side=settings.side, channels=settings.channels)
+    return load_images(settings.data, side=settings.side, channels=settings.channels, say=say)
 
 
 def loss_of(data: Labelled, *, smoothing: float, shift: int, flip: bool, turn: float = 0.0) -> Loss:

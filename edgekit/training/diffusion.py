@@ -180,7 +180,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def run(run: Run, settings: DiffusionSettings) -> TrainingReport:
     """Train the denoiser and the judge; write the generator with the report."""
-    data = images.load(settings.data, side=settings.side, channels=settings.channels)
+    data = images.load(settings.data, side=settings.side, channels=settings.channels, say=run.say)
     if any(side % 2 for side in data.shape[1:]):
         raise RecipeError(f"{data.shape[1:]} pixels cannot be halved")
     if len(data.test) < 2:  # features of one have no covariance

@@ -24,6 +24,7 @@ from edgekit.training import (
     bootstrap,
     channel_groups,
     classify,
+    confusion,
     deploy,
     distillation,
     residual,
@@ -81,7 +82,7 @@ class DistillSettings(classify.ClassifierSettings):
 
 def run(run: Run, settings: DistillSettings) -> TrainingReport:
     """Train the teacher if there is none, the student alone, and the student with it."""
-    data = classify.load(settings)
+    data = classify.load(settings, run.say)
     train, held = data.train.share(settings.train_images).parted(settings.held_images)
     work = _Work(run, settings, data, train, held, data.test.share(settings.test_images))
     teacher, scale = work.calibrated(work.teacher())
@@ -107,7 +108,10 @@ def run(run: Run, settings: DistillSettings) -> TrainingReport:
             (folder / name).mkdir()
             models[name].fill(data, folder / name)
 
-    return run.finish(fill, results, work.remarks(models, scale) if run.main else [])
+    if not run.main:
+        return run.finish(fill, results)
+    taken = confusion.of(models[TAUGHT].network(), data, work.fewer, work.test)
+    return run.finish(fill, results, work.remarks(models, scale), taken)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Named(nn.Module):
 
 def run(run: Run, settings: DualEncoderSettings) -> TrainingReport:
     """Train the pair of encoders, and the baseline; write the first with the report of both."""
-    digits = images.load(settings.data, side=28, channels=1)
+    digits = images.load(settings.data, side=28, channels=1, say=run.say)
     if len(digits.labels) != len(captioned_digits.DIGITS):
         raise DataError(
             f"{settings.data} has {len(digits.labels)} classes, the digits are 10",

@@ -31,6 +31,7 @@ from edgekit.training import (
     adapters,
     checkpoint,
     classify,
+    confusion,
     deploy,
     four_bit,
     images,
@@ -141,7 +142,7 @@ def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
     """Train a first model or open one, teach it by each method, compare."""
     config, started = _start(settings)
     channels, side = config["num_channels"], config["image_size"]
-    data = images.load(settings.data, side=side, channels=channels)
+    data = images.load(settings.data, side=side, channels=channels, say=run.say)
     if data.shape != (channels, side, side):
         raise DataError(f"{settings.data} has images of {data.shape}, the first model sees {side}")
     train, tried, validation = _examples(data.train, settings.examples)
@@ -149,6 +150,7 @@ def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
     test = data.test.share(settings.test_images)
     hits: dict[str, list[list[bool]]] = {}
     best: dict[str, tuple[float, Fitted]] = {}
+    taken: confusion.Confusion | None = None
     for method in settings.methods:
         teach = partial(_taught, run, settings, start, data, method)
         scores = {
@@ -162,6 +164,7 @@ def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
             hits.setdefault(method, []).append(classify.right(network, data, test))
             if seed == 0:
                 best[method] = (rate, fitted)
+                taken = taken or confusion.of(network, data, train, test)  # the first method's
 
     first = settings.methods[0]
 
@@ -186,7 +189,7 @@ def run(run: Run, settings: FinetuneVitSettings) -> TrainingReport:
             " merged into the floats, which is what the table and the folder have (first seed)"
         )
     remarks += [_compared(first, other, hits) for other in list(hits)[1:]]
-    return run.finish(fill, results, remarks)
+    return run.finish(fill, results, remarks, taken)
 
 
 def _compared(one: str, other: str, hits: Mapping[str, list[list[bool]]]) -> str:
@@ -256,7 +259,7 @@ def _examples(train: Images, count: int) -> tuple[Images, Images, Images]:
     held = torch.arange(len(chosen)) % _VALIDATED == 0
 
     def of(numbers: torch.Tensor) -> Images:
-        return Images(train.pixels[numbers], train.classes[numbers])
+        return train.taken(numbers)
 
     if len(chosen) <= _VALIDATED:
         raise DataError(

@@ -6,8 +6,11 @@ starts, so that a broken one is told then, by its name.
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from edgekit.formats import idx, json_file
 from edgekit.preprocess import ImageSteps
 from edgekit.registry import did_you_mean
 from edgekit.training import arrow_folder
-from edgekit.training.trainer import Batch
+from edgekit.training.trainer import Batch, Say, Status
 
 FASHION_LABELS = (
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
@@ -31,16 +34,22 @@ _MNIST = "package/src/digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_EVERY = 5  # of a folder or of digits, each fifth image is held out
 _FEWEST = 2  # images of a class
+_PARTS = ("test", "val", "valid", "validation")  # beside train: the first of them is tested on
+_UNEVEN = 4  # times as many images of one class as of another: worth a word
+_CHUNK = 4096  # images whose mean is taken at once
+_QUIET_S = 2.0
+_SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
 class Images:
     """``pixels`` is uint8 [samples, channels, height, width], ``classes`` int64 [samples]: data for
-    the trainer, whole on the CPU.
+    the trainer, whole on the CPU. ``names`` say where each came from; without, they are numbered.
     """
 
     pixels: torch.Tensor
     classes: torch.Tensor
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -57,25 +66,31 @@ class Images:
             return self
         by_class = self.classes.argsort(stable=True)
         chosen = by_class[torch.arange(count) * len(self) // count].sort().values
-        return Images(self.pixels[chosen], self.classes[chosen])
+        return self.taken(chosen)
+
+    def taken(self, chosen: torch.Tensor) -> Images:
+        """Those of ``chosen``, numbers or a mask."""
+        numbers = torch.arange(len(self))[chosen].tolist()
+        names = tuple(self.names[number] for number in numbers) if self.names else ()
+        return Images(self.pixels[chosen], self.classes[chosen], names)
 
     def parted(self, count: int) -> tuple[Images, Images]:
         """All but ``count`` of them, and these, which are spread evenly. Raises DataError."""
         if not 0 < count < len(self):
             raise DataError(
                 f"of {len(self)} images {count} cannot be held back",
-                hint="more images, or a smaller held_images",
+                hint=f"more images, or a smaller held_images, such as {max(1, len(self) // 5)}",
             )
         away = torch.zeros(len(self), dtype=torch.bool)
         away[torch.arange(count) * len(self) // count] = True
-        parts = [Images(self.pixels[chosen], self.classes[chosen]) for chosen in (~away, away)]
-        return parts[0], parts[1]
+        return self.taken(~away), self.taken(away)
 
 
 @dataclass(frozen=True)
 class Labelled:
     """What to train on, what to test on, and the names of the classes. ``mean`` and ``std`` are
-    those of the training pixels, from 0 to 1, one a channel.
+    those of the training pixels, from 0 to 1, one a channel. ``remarks`` are sentences: what makes
+    figures on these images worth less than they seem.
     """
 
     train: Images
@@ -83,6 +98,7 @@ class Labelled:
     labels: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,6 +115,18 @@ class Labelled:
             "labels": list(self.labels),
         }
 
+    def about(self) -> str:
+        """In a line: how many classes, and how many images of each."""
+        counts = torch.bincount(self.train.classes, minlength=len(self.labels))
+        few, many = int(counts.argmin()), int(counts.argmax())
+        each = f"{counts[few]} of '{self.labels[few]}' to {counts[many]} of '{self.labels[many]}'"
+        if counts[few] == counts[many]:
+            each = f"{counts[few]} of each"
+        return (
+            f"{len(self.labels)} classes, {len(self.train):,} images to train on ({each}),"
+            f" {len(self.test):,} to test on"
+        )
+
     def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 -> float32 with a mean of 0 and a deviation of 1."""
         shape = (1, -1, 1, 1)
@@ -107,28 +135,47 @@ class Labelled:
         return (pixels.float() / 255 - mean) / std
 
 
-def load(data: str, *, side: int = 32, channels: int = 3) -> Labelled:
+def _nobody(status: Status) -> None:
+    """Hears what is said."""
+
+
+def load(data: str, *, side: int = 32, channels: int = 3, say: Say = _nobody) -> Labelled:
     """``data`` is "fashion-mnist" (60,000 + 10,000), "mnist" (8,000 + 2,000 digits), or a folder:
-    in ``train`` and ``test``, or, where these are missing, in itself, one folder a class, or a data
-    set of Hugging Face with an Image and a ClassLabel for each row; where nothing is there to test
-    on, each fifth image is held out. A folder's images become ``side`` x ``side``.
+    in ``train`` and ``test`` (or ``val``), or, where these are missing, in itself, one folder a
+    class, or a data set of Hugging Face with an Image and a ClassLabel for each row; where nothing
+    is there to test on, each fifth image is held out. A folder's images become ``side`` x ``side``.
+    ``say`` hears how far the reading is, and then what was found.
 
     Raises DataError for what is missing, empty, broken or labelled wrongly, DoesNotFitError for a
     folder larger than the memory.
     """
+    found, passed_over = _load(data, side, channels, say)
+    for words in (found.about(), *passed_over, *found.remarks):
+        say(_status(note=words))
+    return found
+
+
+def _status(step: int = 0, steps: int = 0, per_s: float = 0.0, note: str = "") -> Status:
+    left_s = (steps - step) / per_s if per_s else 0.0
+    return Status("data", step, steps, math.nan, math.nan, per_s, "images", left_s, note=note)
+
+
+def _load(data: str, side: int, channels: int, say: Say) -> tuple[Labelled, list[str]]:
     if data == "fashion-mnist":
-        return _fashion(_found(data, _FASHION, Path("/") / _FASHION))
+        return _fashion(_found(data, _FASHION, Path("/") / _FASHION)), []
     if data == "mnist":
-        return _digits(_found(data, _MNIST, None))
+        return _digits(_found(data, _MNIST, None)), []
     folder = Path(data).expanduser()
-    if not folder.is_dir():
+    if not data or not folder.is_dir():
         raise DataError(
             f"there are no data {data!r:.80}",
             hint=f"name a folder, or: {did_you_mean(data, ['fashion-mnist', 'mnist'])}",
         )
+    if not data.isprintable():
+        raise DataError(f"the folder {data!a:.80} has no printable name", hint="rename it")
     if arrow_folder.is_one(folder):
-        return _rows(folder, side, channels)
-    return _folder(folder, side, channels)
+        return _rows(folder, side, channels, say), []
+    return _folder(folder, side, channels, say)
 
 
 def _found(name: str, inside: str, installed: Path | None) -> Path:
@@ -173,43 +220,44 @@ def _digits(folder: Path) -> Labelled:
             raise DataError(f"{path} holds no digits: {error}"[:200]) from None
         pixels.append(images)
         classes.append(torch.full((len(images),), digit))
-    return _split(torch.cat(pixels), torch.cat(classes), _DIGITS)
+    return _split(Images(torch.cat(pixels), torch.cat(classes)), _DIGITS)
 
 
-def _folder(folder: Path, side: int, channels: int) -> Labelled:
-    parts = [folder / "train", folder / "test"]
-    halves = all(part.is_dir() for part in parts)
-    labels = _classes(parts[0] if halves else folder)
-    if not halves:
-        return _split(*_read(folder, labels, side, channels), labels)
-    if other := set(_classes(parts[1])) - set(labels):
+def _folder(folder: Path, side: int, channels: int, say: Say) -> tuple[Labelled, list[str]]:
+    parts = [folder]
+    if (folder / "train").is_dir():
+        held = [folder / name for name in _PARTS if (folder / name).is_dir()]
+        parts = [folder / "train", *held[:1]]
+    labels = _classes(parts[0])
+    if len(parts) > 1 and (other := set(_classes(parts[1])) - set(labels)):
         raise DataError(
             f"{parts[1]} has classes that {parts[0]} has not: {sorted(other)[0]!r}",
             hint="rename that folder, or remove it",
         )
-    train, test = (Images(*_read(part, labels, side, channels)) for part in parts)
-    return _labelled(train, test, labels)
+    files, passed_over = [], Counter[str]()
+    for part in parts:
+        found, others = _files(part, labels)
+        files.append(found)
+        passed_over += others
+    images = [_read(some, side, channels, say) for some in files]
+    words = ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common(_SHOWN))
+    return _whole(images, labels), [f"passed over, for they are no images: {words}"] * bool(words)
 
 
-def _rows(folder: Path, side: int, channels: int) -> Labelled:
+def _rows(folder: Path, side: int, channels: int, say: Say) -> Labelled:
     """A data set of Hugging Face, on disk."""
     halves = [each for each in arrow_folder.halves(folder) if each]
     named = [each.classes() for each in halves]
     if any(labels != named[0][1] for _, labels in named):
         raise DataError(f"the parts of {folder} have other classes")
-    parts = [
-        (
-            _pixels(
-                [(f"{each.folder}, row {n}", one) for n, one in enumerate(each.pictures())],
-                *(side, channels),
-            ),
-            torch.tensor(classes),
-        )
-        for each, (classes, _) in zip(halves, named, strict=True)
-    ]
-    if len(parts) == 1:
-        return _split(*parts[0], named[0][1])
-    return _labelled(Images(*parts[0]), Images(*parts[1]), named[0][1])
+    labels = named[0][1]
+    _check_names(labels, folder)
+    parts = []
+    for each, (classes, _) in zip(halves, named, strict=True):
+        pictures = [(f"{each.folder}, row {n}", one) for n, one in enumerate(each.pictures())]
+        pixels = _pixels(pictures, side, channels, say)
+        parts.append(Images(pixels, torch.tensor(classes), tuple(name for name, _ in pictures)))
+    return _whole(parts, labels)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -218,24 +266,50 @@ def _classes(folder: Path) -> tuple[str, ...]:
         raise DataError(
             f"{folder} has {len(found)} folders of images", hint="one folder a class, two at least"
         )
+    _check_names(found, folder)
     return tuple(found)
 
 
-def _read(
-    folder: Path, labels: Sequence[str], side: int, channels: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    files = [
-        (path, number)
-        for number, label in enumerate(labels)
-        for path in sorted((folder / label).glob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    pixels = _pixels([(str(path), path) for path, _ in files], side, channels)
-    return pixels, torch.tensor([number for _, number in files])
+def _check_names(labels: Sequence[str], folder: Path) -> None:
+    """What is neither UTF-8 nor printable stands in no report, and would end the run there."""
+    for label in labels:
+        if not label.isprintable():
+            raise DataError(
+                f"{folder}: the class {label!a:.80} has no printable name",
+                hint="rename it",
+            )
 
 
-def _pixels(files: Sequence[tuple[str, Path | bytes]], side: int, channels: int) -> torch.Tensor:
-    """uint8 [files, channels, side, side] of images with their names, as files or as bytes."""
+def _files(folder: Path, labels: Sequence[str]) -> tuple[list[tuple[Path, int]], Counter[str]]:
+    """The images of each class with its number, and how many files of each other kind there are.
+    Hidden ones are none: systems leave such beside pictures, under names that end as theirs.
+    """
+    found, others = [], Counter[str]()
+    for number, label in enumerate(labels):
+        for path in sorted((folder / label).iterdir()):
+            kind = path.suffix.lower()
+            if path.name.startswith("."):
+                continue
+            if kind in _SUFFIXES and not path.is_dir():
+                found.append((path, number))
+            else:
+                others["folders" if path.is_dir() else kind or "without a suffix"] += 1
+    return found, others
+
+
+def _read(files: Sequence[tuple[Path, int]], side: int, channels: int, say: Say) -> Images:
+    pixels = _pixels([(str(path), path) for path, _ in files], side, channels, say)
+    numbers = torch.tensor([number for _, number in files], dtype=torch.int64)
+    return Images(pixels, numbers, tuple(str(path) for path, _ in files))
+
+
+def _pixels(
+    files: Sequence[tuple[str, Path | bytes]], side: int, channels: int, say: Say
+) -> torch.Tensor:
+    """uint8 [files, channels, side, side] of images with their names, as files or as bytes.
+
+    All are tried before the broken ones are told, so that they can be mended together.
+    """
     needed, free = len(files) * channels * side * side, _free_bytes()
     if needed > free:
         raise DoesNotFitError(
@@ -249,12 +323,21 @@ def _pixels(files: Sequence[tuple[str, Path | bytes]], side: int, channels: int)
         std=(1.0,) * channels,
     )
     pixels = torch.empty(len(files), channels, side, side, dtype=torch.uint8)
+    broken: list[tuple[str, str]] = []
+    begun_s = time.monotonic()
     for at, (name, file) in enumerate(files):
         try:
             pixels[at] = torch.from_numpy(image_input.tensor(file, steps)[0]).round().byte()
         except UsageError as error:
             told = error.message if isinstance(file, Path) else f"{name}: {error.message}"
-            raise DataError(told, hint="remove it, or mend it") from None
+            broken.append((name, told))
+        if (spent_s := time.monotonic() - begun_s) > _QUIET_S:
+            say(_status(at + 1, len(files), (at + 1) / spent_s))
+    if broken:
+        others = [name for name, _ in broken[1:]]
+        more = f", nor {len(others)} others: " + ", ".join(others[:_SHOWN]) if others else ""
+        more += ", ..." if len(others) > _SHOWN else ""
+        raise DataError(broken[0][1] + more, hint=f"remove {'them' if others else 'it'}, or mend")
     return pixels
 
 
@@ -262,18 +345,19 @@ def _free_bytes() -> int:
     return machine.memory(machine.root()).available_bytes or 1 << 62
 
 
-def _split(pixels: torch.Tensor, classes: torch.Tensor, labels: tuple[str, ...]) -> Labelled:
+def _split(images: Images, labels: tuple[str, ...]) -> Labelled:
     """Each fifth image is held out, in the files' order, which is by class."""
-    held = torch.arange(len(classes)) % _TEST_EVERY == _TEST_EVERY - 1
-    return _labelled(
-        Images(pixels[~held], classes[~held]), Images(pixels[held], classes[held]), labels
-    )
+    held = torch.arange(len(images)) % _TEST_EVERY == _TEST_EVERY - 1
+    return _labelled(images.taken(~held), images.taken(held), labels)
 
 
 def _labelled(train: Images, test: Images, labels: tuple[str, ...]) -> Labelled:
     for name, part in (("train", train), ("test", test)):
         if not len(part):
-            raise DataError(f"there is not one image to {name} on")
+            raise DataError(
+                f"there is not one image to {name} on",
+                hint=f"files that end in {', '.join(_SUFFIXES)}, in one folder a class",
+            )
         worst = int(part.classes.max())
         if worst >= len(labels):
             raise DataError(f"an image has the label {worst}, and there are {len(labels)} classes")
@@ -286,9 +370,43 @@ def _labelled(train: Images, test: Images, labels: tuple[str, ...]) -> Labelled:
             f"the class {label!r} has {int(counts.min())} images to train on",
             hint=f"{_FEWEST} at least ({', '.join(_SUFFIXES)}), or remove its folder",
         )
-    every = train.pixels.float() / 255
-    std = every.std(dim=(0, 2, 3)).clamp(min=1e-3)
-    return Labelled(train, test, labels, _numbers(every.mean(dim=(0, 2, 3))), _numbers(std))
+    return Labelled(train, test, labels, *_mean_and_std(train.pixels))
+
+
+def _mean_and_std(pixels: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of each channel, from 0 to 1; a chunk at a time, for as floats all would be four times as
+    large. How often each of the 256 values comes is exact.
+    """
+    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
+    for chunk in pixels.split(_CHUNK):
+        for channel, values in enumerate(chunk.transpose(0, 1)):
+            counts[channel] += torch.bincount(values.flatten().int(), minlength=256)
+    values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1, keepdim=True)
+    mean = (counts * values).sum(1, keepdim=True) / total
+    spread = (counts * (values - mean).square()).sum(1) / (total[:, 0] - 1)
+    return _numbers(mean[:, 0]), _numbers(spread.sqrt().clamp(min=1e-3))
+
+
+def _whole(parts: Sequence[Images], labels: tuple[str, ...]) -> Labelled:
+    """Of one part or two, with what must be known of them."""
+    data = _labelled(parts[0], parts[1], labels) if len(parts) > 1 else _split(parts[0], labels)
+    remarks = []
+    counts = torch.bincount(data.train.classes, minlength=len(data.labels))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    if _UNEVEN * int(counts[few]) <= int(counts[many]):
+        remarks.append(
+            f"the classes are uneven: '{data.labels[few]}' has {counts[few]} images to train on,"
+            f" '{data.labels[many]}' {counts[many]}; accuracy says little of the small ones, their"
+            " recall does"
+        )
+    known = {each.tobytes() for each in data.train.pixels.numpy()}
+    twice = sum(each.tobytes() in known for each in data.test.pixels.numpy())
+    if twice:
+        remarks.append(
+            f"{twice} of {len(data.test):,} images to test on are also among those to train on:"
+            " figures on them flatter"
+        )
+    return replace(data, remarks=tuple(remarks))
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from torch import nn
 from edgekit import _fs, intervals, network_folder
 from edgekit.errors import RecipeError
 from edgekit.network_folder import Network
-from edgekit.training import checkpoint, classify, deploy
+from edgekit.training import checkpoint, classify, confusion, deploy
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
 from edgekit.training.run import Run
@@ -116,7 +116,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def run(run: Run, settings: MinimalSettings) -> TrainingReport:
     """Train the network, and its baseline; write the first with the report of both."""
-    data = classify.load(settings)
+    data = classify.load(settings, run.say)
     train = data.train.share(settings.train_images)
     test = data.test.share(settings.test_images)
     sizes = 2 ** len(settings.widths)
@@ -168,19 +168,24 @@ def run(run: Run, settings: MinimalSettings) -> TrainingReport:
         for name, each in fitted.items()
     ]
     remarks = [f"tested on {len(test):,} images of {settings.data} that no training saw"]
-    if settings.baseline and run.main:
-        hits = []
-        for name, config in configs.items():
-            network = build(config)
-            network.load_state_dict(fitted[name].state)
-            hits.append([float(hit) for hit in classify.right(network, data, test)])
+    if not run.main:
+        return run.finish(partial(fill, "shift"), results, remarks)
+    networks = {name: build(config) for name, config in configs.items()}
+    for name, network in networks.items():
+        network.load_state_dict(fitted[name].state)
+    if settings.baseline:
+        hits = [
+            [float(hit) for hit in classify.right(network, data, test)]
+            for network in networks.values()
+        ]
         gain = intervals.paired(hits[0], hits[1])
         remarks.append(
             "accuracy of shift less that of conv (3x3 convolutions, as many parameters and steps),"
             f" image by image: {100 * gain.value:+.2f} [{100 * gain.low:+.2f},"
             f" {100 * gain.high:+.2f}] points, one seed"
         )
-    return run.finish(partial(fill, "shift"), results, remarks)
+    taken = confusion.of(networks["shift"], data, train, test)
+    return run.finish(partial(fill, "shift"), results, remarks, taken)
 
 
 def parameters(network: nn.Module) -> int:

@@ -29,6 +29,7 @@ from edgekit.errors import EngineCrashedError, MissingExtraError, RecipeError, T
 from edgekit.plan import profile_of
 from edgekit.training import (
     classify,
+    confusion,
     deploy,
     residual,
     search,
@@ -92,7 +93,7 @@ def run(run: Run, settings: NasSettings) -> TrainingReport:
     """Search, choose, train what was chosen; the study lies beside it in the folder."""
     if run.accelerator.num_processes > 1:
         raise RecipeError("nas has workers of its own", hint="start it as one process")
-    data = classify.load(settings)
+    data = classify.load(settings, run.say)
     train, _ = data.train.share(settings.train_images).parted(settings.held_images)
     work = _Work(run, settings, data, train, data.test.share(settings.test_images))
     times: Times = Predicted(profile_of(settings.board)) if settings.board else Measured()
@@ -128,7 +129,9 @@ def run(run: Run, settings: NasSettings) -> TrainingReport:
         with suppress(MissingExtraError):  # the table holds the same
             search.draw(folder / "front.png", trials, chosen, where=work.clock)
 
-    return run.finish(fill, results, work.remarks(trials, chosen, models, times, spent_s))
+    taken = confusion.of(models["found"].network(), data, work.train, work.test)
+    remarks = work.remarks(trials, chosen, models, times, spent_s)
+    return run.finish(fill, results, remarks, taken)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from edgekit.training import (
     channel_choice,
     channel_groups,
     classify,
+    confusion,
     deploy,
     distillation,
     residual,
@@ -107,7 +108,7 @@ class PruneSettings(classify.ClassifierSettings):
 
 def run(run: Run, settings: PruneSettings) -> TrainingReport:
     """Train, cut and tune; the folder has the cut network, and the uncut one in ``unpruned``."""
-    data = classify.load(settings)
+    data = classify.load(settings, run.say)
     train, held = data.train.share(settings.train_images).parted(settings.held_images)
     test = data.test.share(settings.test_images)
     given = trained_residual.read(Path(settings.base).expanduser(), data) if settings.base else None
@@ -150,7 +151,10 @@ def run(run: Run, settings: PruneSettings) -> TrainingReport:
         with suppress(MissingExtraError):  # the table holds the same
             sensitivity_scan.draw(folder / "sensitivity.png", start.scan)
 
-    return run.finish(fill, results, work.remarks(models, timed, start) if run.main else [])
+    if not run.main:
+        return run.finish(fill, results)
+    taken = confusion.of(models["pruned"].network(), data, train, test)
+    return run.finish(fill, results, work.remarks(models, timed, start), taken)
 
 
 def taught_by(teacher: torch.nn.Module, data: Labelled, settings: PruneSettings) -> Loss:

@@ -6,6 +6,7 @@ Knows the report's form; never how anything was trained or measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ class Result:
 
 
 @dataclass(frozen=True)
+class ClassFigures:
+    """What the folder's model, a classifier, makes of the test images of one class: how many were
+    trained and tested on, recall and precision (None for 0 of 0), and the class that they are most
+    often ``taken_for``, so many ``times``.
+    """
+
+    name: str
+    trained: int
+    tested: int
+    recall: float | None
+    precision: float | None
+    taken_for: str
+    times: int
+
+
+@dataclass(frozen=True)
 class _Figures:
     recipe: str
     about: str
@@ -61,13 +78,14 @@ class _Figures:
     phases: tuple[Phase, ...]
     results: tuple[Result, ...]
     remarks: tuple[str, ...]
+    classes: tuple[ClassFigures, ...]
 
 
 @dataclass(frozen=True)
 class TrainingReport(_Figures):
     """``results`` hold the model that the folder has, first, and what it is compared with.
-    ``remarks`` are sentences: what a reader must know to believe the table. ``settings`` are the
-    recipe's own, each by its name.
+    ``remarks`` are sentences: what a reader must know to believe the table. ``classes`` are those
+    of a classifier of images. ``settings`` are the recipe's own, each by its name.
     """
 
     settings: dict[str, Any]
@@ -98,6 +116,32 @@ def columns(report: TrainingReport) -> tuple[list[str], list[list[str]]]:
     return ["model", *(name.replace("_", " ") for name in names)], rows
 
 
+def class_columns(classes: Sequence[ClassFigures]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of classes, as text."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}%"
+
+    rows = [
+        [
+            each.name,
+            f"{each.trained:,}",
+            f"{each.tested:,}",
+            share(each.recall),
+            share(each.precision),
+            f"{each.taken_for} ({each.times:,})" if each.times else "-",
+        ]
+        for each in classes
+    ]
+    return ["class", "trained on", "tested on", "recall", "precision", "most taken for"], rows
+
+
+def worst(classes: Sequence[ClassFigures], count: int) -> list[ClassFigures]:
+    """The ``count`` classes that are found the least, in that order."""
+    tested = [each for each in classes if each.recall is not None]
+    return sorted(tested, key=lambda each: each.recall or 0.0)[:count]
+
+
 def shown(name: str, value: float) -> str:
     """A figure as people read it: shares in per cent, counts whole, the rest in four digits."""
     if any(word in name.split("_") for word in _SHARES):
@@ -113,6 +157,8 @@ def markdown(report: TrainingReport) -> str:
     lines = [f"# {report.recipe}", "", report.about, ""]
     lines += _table(head, rows)
     lines += ["", *(f"- {remark}" for remark in report.remarks), ""]
+    if report.classes:
+        lines += ["## Classes", "", *_table(*class_columns(report.classes)), ""]
     lines += ["## Phases", ""]
     phases = [
         [
@@ -139,15 +185,23 @@ def markdown(report: TrainingReport) -> str:
         "## Settings",
         "",
         "```",
-        *(f"{name}={value}" for name, value in report.settings.items()),
+        *(f"{name}={_given(value)}" for name, value in report.settings.items()),
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
+def _given(value: Any) -> str:
+    """As ``--set`` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(_given, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (cells[0], ["---"] * len(head), *cells[1:])]
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -159,8 +213,9 @@ def parse(body: dict[str, Any]) -> TrainingReport:
     """The report of a ``to_dict``. Raises SourceError for another form."""
     try:
         fields = {name: value for name, value in body.items() if name not in ("schema", "settings")}
-        # Earlier reports do not tell of memory.
+        # Earlier reports tell neither of memory nor of classes.
         fields["phases"] = [{"needed_bytes": 0, "taken_bytes": None} | e for e in body["phases"]]
+        fields.setdefault("classes", [])
         found = typed_json.read(_Figures, fields, FILE)
         return TrainingReport(settings=dict(body["settings"]), **vars(found))
     except (typed_json.Mismatch, KeyError, TypeError) as error:

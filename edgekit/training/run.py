@@ -26,9 +26,10 @@ from edgekit.formats import json_file
 from edgekit.report import machine_facts
 from edgekit.training import curves, report, trainer
 from edgekit.training.catalogue import CATALOGUE
-from edgekit.training.report import Phase, Result, TrainingReport
+from edgekit.training.confusion import Confusion
+from edgekit.training.report import ClassFigures, Phase, Result, TrainingReport
 from edgekit.training.settings import Settings, difference
-from edgekit.training.trainer import Fitted, Say, Task
+from edgekit.training.trainer import Fitted, Say, Status, Task
 
 _SETTINGS = "settings.json"
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
@@ -80,16 +81,22 @@ class Run:
         fill: Callable[[Path], None],
         results: Sequence[Result],
         remarks: Sequence[str] = (),
+        confusion: Confusion | None = None,
     ) -> TrainingReport:
         """Make the folder of the run: ``fill(folder)`` writes the model, the rest is the report,
-        the curves as CSV and, where matplotlib is there, as PNG.
+        the curves as CSV and, where matplotlib is there, as PNG, and of a classifier what it takes
+        for what.
         """
-        made = self._report(results, remarks)
+        classes = confusion.classes() if confusion else ()
+        remarks = (*remarks, *(confusion.remarks() if confusion else ()))
+        made = self._report(results, remarks, classes)
         if self.main:
             with _fs.staged(self.out, owns=report.is_run) as folder:
                 fill(folder)
                 _fs.write_atomic(folder / report.FILE, made.to_bytes())
                 _fs.write_atomic(folder / report.PAGE, report.markdown(made).encode())
+                if confusion:
+                    confusion.write(folder)
                 self._draw(folder)
         self.accelerator.wait_for_everyone()
         return made
@@ -109,7 +116,9 @@ class Run:
         except MissingExtraError:
             return  # the CSV files hold the same
 
-    def _report(self, results: Sequence[Result], remarks: Sequence[str]) -> TrainingReport:
+    def _report(
+        self, results: Sequence[Result], remarks: Sequence[str], classes: tuple[ClassFigures, ...]
+    ) -> TrainingReport:
         return TrainingReport(
             recipe=self.recipe,
             about=CATALOGUE[self.recipe].about if self.recipe in CATALOGUE else "",
@@ -136,6 +145,7 @@ class Run:
             ),
             results=tuple(results),
             remarks=(*remarks, *self._stopped_early()),
+            classes=classes,
         )
 
     def _stopped_early(self) -> list[str]:
@@ -189,13 +199,18 @@ def opened(recipe: str, settings: Settings, out: Path, *, resume: bool, say: Say
             _begin(work, settings, resume)
         accelerator.wait_for_everyone()
         try:
-            yield Run(recipe, out, work, accelerator, say, settings.to_dict())
+            hears = say if accelerator.is_main_process else _nobody
+            yield Run(recipe, out, work, accelerator, hears, settings.to_dict())
         except EdgekitError:
             if accelerator.is_main_process and os.listdir(work) == [_SETTINGS]:
                 _fs.remove_tree(work)
             raise
         if accelerator.is_main_process:
             _fs.remove_tree(work)
+
+
+def _nobody(status: Status) -> None:
+    """Hears what is said."""
 
 
 def stored(out: Path) -> dict[str, Any] | None:

@@ -71,7 +71,8 @@ class Task:
 @dataclass(frozen=True)
 class Status:
     """What progress shows: where the work stands, and how fast it goes. Before the very first step
-    ``memory`` says what a step needs, and there is no loss yet.
+    ``memory`` says what a step needs, and there is no loss yet: it is no number then, as while data
+    are read. A ``note`` is a sentence on what was found, and no step.
     """
 
     phase: str
@@ -83,6 +84,7 @@ class Status:
     unit: str
     left_s: float
     memory: str = ""
+    note: str = ""
 
 
 Say = Callable[[Status], None]

@@ -118,7 +118,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 def run(run: Run, settings: VideoSettings) -> TrainingReport:
     """Train the network, and the one without shifts; write the first with the report of both."""
-    data = images.load(settings.data, side=28, channels=1)
+    data = images.load(settings.data, side=28, channels=1, say=run.say)
     shape = {"frames": settings.frames, "side": settings.side}
     train = Clips(data.train, settings.clips, seed=settings.seed, **shape)
     test = Clips(data.test, settings.test_clips, seed=_TEST_SEED, **shape)

@@ -26,7 +26,15 @@ from torch import nn
 from edgekit import _fs, network_folder, runtime
 from edgekit.errors import RecipeError
 from edgekit.network_folder import Network
-from edgekit.training import checkpoint, classify, deploy, folded_vit, post_training, vit
+from edgekit.training import (
+    checkpoint,
+    classify,
+    confusion,
+    deploy,
+    folded_vit,
+    post_training,
+    vit,
+)
 from edgekit.training.images import Images, Labelled
 from edgekit.training.recipe import Recipe
 from edgekit.training.report import Result, TrainingReport
@@ -82,7 +90,7 @@ def run(run: Run, settings: VitQatSettings) -> TrainingReport:
     """Train the float network, the control and each format; write the first format's network with
     the report of all.
     """
-    data = classify.load(settings)
+    data = classify.load(settings, run.say)
     train = data.train.share(settings.train_images)
     test = data.test.share(settings.test_images)
     if any(side % settings.patch for side in data.shape[1:]):
@@ -147,9 +155,11 @@ def run(run: Run, settings: VitQatSettings) -> TrainingReport:
     rows = [*settings.formats, "control", "float"]
     results = [Result(name, {"parameters": parameters} | figures[name]) for name in rows]
     results += [Result(name, {"accuracy": sum(h) / len(h)}) for name, h in rivals.items()]
-    return run.finish(
-        partial(fill, settings.formats[0]), results, _remarks(settings, hits, list(rivals))
-    )
+    ours = settings.formats[0]
+    network = _network(configs[ours], fitted[ours].state)
+    taken = confusion.of(network, data, train, test)
+    remarks = _remarks(settings, hits, list(rivals))
+    return run.finish(partial(fill, ours), results, remarks, taken)
 
 
 def taught_by(teacher: nn.Module, data: Labelled, settings: VitQatSettings) -> Loss:

@@ -64,7 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 def test_a_run_ends_in_a_folder_with_the_model_the_report_and_the_curves(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
-        *("curve-conv.csv", "curve-shift.csv", "curves.png", "model.safetensors"),
+        *("classes.csv", "confusion.csv", "confusion.png"),
+        *("curve-conv.csv", "curve-shift.csv", "curves.png", "mistakes.csv", "model.safetensors"),
         *("network.json", "training.json", "training.md"),
     ]
     body = json.loads((run / "training.json").read_text())
