@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -29,7 +30,10 @@ def command(path: Path, tensors: bool, as_json: bool) -> None:
         artifact.verify_sizes()
         manifest, path = artifact.manifest, artifact.model_path
     elif path.is_dir():
-        raise SourceError(f"{path} is neither an artifact nor a model file")
+        raise SourceError(
+            f"{path} is neither an artifact nor a model file",
+            hint=f"edgekit export {quote(str(path))} makes an artifact of a model's folder",
+        )
     if path.suffix.lower() in graph_file.FORMATS:
         return inspect_graph.show_file(path, manifest, tensors, as_json)
     header = gguf.read(path)

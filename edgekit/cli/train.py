@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from math import isfinite
@@ -12,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgekit.cli import show
 from edgekit.errors import UsageError
@@ -19,17 +22,52 @@ from edgekit.registry import RECIPES, load
 from edgekit.training.catalogue import CATALOGUE, Entry
 
 _TICK_S, _LINE_S = 0.2, 10.0
+_WIDEST = 110  # letters of a line
 _CLASSES = 12  # that are shown; training.md has all
 
 
+def _recipe_words(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    return [
+        CompletionItem(name, help=CATALOGUE[name].about if name in CATALOGUE else None)
+        for name in RECIPES
+        if name.startswith(incomplete)
+    ]
+
+
+def _pair_words(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """``KEY=`` of the recipe's settings, and behind it what the setting may be."""
+    # While an option still lacks its value, click has not sorted the words yet.
+    recipe = next((word for word in context.args if word in list(RECIPES)), None)
+    if recipe is None:
+        return []
+    settings = RECIPES.load(recipe).settings
+    rows, choices = (
+        load(f"edgekit.training.settings:{name}", extra="train") for name in ("rows", "choices")
+    )
+    key, equals, value = incomplete.partition("=")
+    if equals:
+        words = [word for word in choices(settings, key) if word.startswith(value)]
+        return [CompletionItem(f"{key}={word}") for word in words]
+    return [
+        CompletionItem(f"{name}=", help=about)
+        for name, _, about in rows(settings)
+        if name.startswith(key)
+    ]
+
+
 @click.command()
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=_recipe_words)
 @click.option("--list", "listing", is_flag=True, help="The recipes, or the settings of RECIPE.")
 @click.option(
     "--set",
     "pairs",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=_pair_words,
     help="Change a setting of the recipe; may be repeated.",
 )
 @click.option(
@@ -80,13 +118,20 @@ def _recipes(as_json: bool) -> None:
     entries = {name: CATALOGUE.get(name, Entry("(from another package)")) for name in RECIPES}
     if as_json:
         return show.as_json({name: vars(entry) for name, entry in entries.items()})
-    show.table(
-        [
-            (name, entry.about, entry.measured or "-", entry.command or "-")
-            for name, entry in entries.items()
-        ],
-        head=("recipe", "what it makes", "measured", "printed by"),
+    wide = max(map(len, entries)) + 2
+    form = textwrap.TextWrapper(
+        width=max(wide + 40, min(shutil.get_terminal_size().columns, _WIDEST)),
+        initial_indent=" " * wide,
+        subsequent_indent=" " * wide,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    for name, entry in entries.items():
+        lines = [entry.about]
+        if entry.measured:
+            lines += [f"measured: {entry.measured}", f"printed by: {entry.command}"]
+        text = "\n".join(map(form.fill, lines))
+        click.echo(click.style(name, bold=True) + text[len(name) :])
 
 
 def _settings(recipe: str, pairs: tuple[str, ...], as_json: bool) -> None:

@@ -188,7 +188,10 @@ def write(path: Path, tensors: Tensors, body: Mapping[str, Any] | None = None) -
             try:
                 # One key alone: the library writes several in an order that changes.
                 about = {"format": "pt"} if body is None else {_META: json.dumps(body)}
+                partial.touch()
+                mode = partial.stat().st_mode
                 save_file(tensors, partial, about)
+                partial.chmod(mode)  # the library's own lets nobody else read it
             except SafetensorError as error:  # its words for what the system says
                 if f"os error {errno.ENOSPC}" not in str(error):
                     raise

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.errors import RecipeError
 from edgekit.registry import RECIPES
 from edgekit.training import report
-from edgekit.training.run import Run, opened, stored
-from edgekit.training.settings import Settings, from_dict, with_pairs
+from edgekit.training.run import Run, finished, opened, stored
+from edgekit.training.settings import Settings, difference, from_dict, with_pairs
 from edgekit.training.trainer import Say
 
 
@@ -33,18 +34,27 @@ class Recipe:
 
 def train(name: str, pairs: Sequence[str], out: Path, *, resume: bool, say: Say) -> dict[str, Any]:
     """Run the recipe ``name`` with ``pairs`` (``key=value``) into the folder ``out``; the report as
-    JSON is returned. With ``resume`` a finished run is only shown, and an unfinished one goes on.
+    JSON is returned. With ``resume`` a finished run is only shown, and an unfinished one goes on;
+    settings that ``pairs`` do not name are then those of that run.
 
     Raises UnknownNameError, RecipeError, UsageError, MissingExtraError, TrainError and what export
     raises.
     """
     recipe: Recipe = RECIPES.load(name)
-    was = stored(out) if resume else None
+    was = stored(name, out) if resume else None
+    done = finished(name, out) if resume and not was else None
+    if done:
+        # An earlier edgekit may have known other settings: those of now stand in for what it lacks.
+        known = recipe.settings.to_dict()
+        was = known | {key: value for key, value in done["settings"].items() if key in known}
     base = from_dict(type(recipe.settings), was, "settings.json") if was else recipe.settings
     settings = with_pairs(base, pairs)
-    if resume and not was and report.is_run(out):
-        found = report.read(out)
-        if found["settings"] == settings.to_dict():
-            return found
+    if done:
+        if other := difference(was or {}, settings.to_dict()):
+            raise RecipeError(
+                f"the run in {out} is finished, with other settings: {other}",
+                hint="another --out; or no --resume: a new run takes its place",
+            )
+        return done
     with opened(name, settings, out, resume=resume, say=say) as run:
         return recipe.run(run, settings).to_dict()

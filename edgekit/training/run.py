@@ -7,10 +7,11 @@ Knows folders, processes and the report; never what a recipe trains. The work li
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,7 +32,7 @@ from edgekit.training.report import ClassFigures, Phase, Result, TrainingReport
 from edgekit.training.settings import Settings, difference
 from edgekit.training.trainer import Fitted, Say, Status, Task
 
-_SETTINGS = "settings.json"
+_SETTINGS, _RECIPE = "settings.json", "recipe"
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
 
@@ -174,7 +175,8 @@ def strictly_repeatable() -> Iterator[None]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{torch.get_num_threads()} threads of the CPU"
+    count = torch.get_num_threads()
+    return f"{count} {'thread' if count == 1 else 'threads'} of the CPU"
 
 
 @contextmanager
@@ -192,14 +194,18 @@ def opened(recipe: str, settings: Settings, out: Path, *, resume: bool, say: Say
         raise UsageError(
             f"{out} exists and is no training run", hint="choose another --out, or move it away"
         )
-    lock = _fs.locked(work) if accelerator.is_main_process else nullcontext()
-    work.parent.mkdir(parents=True, exist_ok=True)
-    with lock:
+    hears = say if accelerator.is_main_process else _nobody
+    with ExitStack() as held:
         if accelerator.is_main_process:
-            _begin(work, settings, resume)
+            with _fs.disk_errors(work):
+                work.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_fs.locked(work))
+            _begin(work, recipe, settings, resume)
         accelerator.wait_for_everyone()
+        hears(_note(f"trains on {_device_name(accelerator.device)}"))
+        if out.exists():
+            hears(_note(f"{out} holds a finished run: this one takes its place when it ends"))
         try:
-            hears = say if accelerator.is_main_process else _nobody
             yield Run(recipe, out, work, accelerator, hears, settings.to_dict())
         except EdgekitError:
             if accelerator.is_main_process and os.listdir(work) == [_SETTINGS]:
@@ -213,30 +219,67 @@ def _nobody(status: Status) -> None:
     """Hears what is said."""
 
 
-def stored(out: Path) -> dict[str, Any] | None:
-    """The settings of the unfinished run for ``out``, None where there is none."""
+def _note(words: str) -> Status:
+    return Status("run", 0, 0, math.nan, math.nan, 0.0, "", 0.0, note=words)
+
+
+def stored(recipe: str, out: Path) -> dict[str, Any] | None:
+    """The settings of the unfinished run for ``out``, None where there is none.
+
+    Raises UsageError where it is one of another recipe.
+    """
     path = out.with_name(out.name + ".training") / _SETTINGS
-    return dict(json_file.read(path)) if path.is_file() else None
+    return _stored(recipe, path) if path.is_file() else None
 
 
-def _begin(work: Path, settings: Settings, resume: bool) -> None:
+def _stored(recipe: str, path: Path) -> dict[str, Any]:
+    body = dict(json_file.read(path))
+    _check_recipe(body.pop(_RECIPE, recipe), recipe, path.parent)
+    return body
+
+
+def _check_recipe(its: str, recipe: str, place: Path) -> None:
+    if its != recipe:
+        raise UsageError(
+            f"{place} holds a run of the recipe {its}, not of {recipe}",
+            hint=f"another --out, or: edgekit train {its} --resume",
+        )
+
+
+def finished(recipe: str, out: Path) -> dict[str, Any] | None:
+    """The report of the finished run in ``out``, None where there is none. Raises as ``stored``."""
+    if not report.is_run(out):
+        return None
+    body = report.read(out)
+    _check_recipe(body.get("recipe", recipe), recipe, out)
+    return body
+
+
+def _begin(work: Path, recipe: str, settings: Settings, resume: bool) -> None:
     path = work / _SETTINGS
     if path.is_file():
         if not resume:
             raise UsageError(
                 f"{work} holds an unfinished run", hint="--resume goes on with it, or remove it"
             )
-        if other := difference(json_file.read(path), settings.to_dict()):
+        if other := difference(_stored(recipe, path), settings.to_dict()):
             raise RecipeError(
                 f"the run in {work} has other settings: {other}",
                 hint="--resume without --set takes those of the run",
             )
         return
-    _fs.write_atomic(path, (json.dumps(settings.to_dict(), indent=1) + "\n").encode())
+    body = {_RECIPE: recipe, **settings.to_dict()}
+    _fs.write_atomic(path, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def _accelerator(settings: Settings) -> Accelerator:
     """One for each run; the same numbers each time, on the CPU and on a GPU."""
+    if settings.device == "gpu" and not torch.cuda.is_available():
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        raise RecipeError(
+            "torch sees no GPU here" if built else "torch is installed here without its GPU part",
+            hint="device=cpu trains on the CPU" if built else "a torch with CUDA or ROCm in it",
+        )
     # What makes matrix products on a GPU repeatable (torch's notes on reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

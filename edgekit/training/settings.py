@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from edgekit import typed_json
@@ -49,7 +49,7 @@ class Settings:
     checkpoint_every: int = setting(200, "steps between checkpoints")
     log_every: int = setting(10, "steps that a point of the loss curve averages")
     parallel: Literal["data", "fsdp"] = setting("data", "several processes: copies, or shards")
-    device: Literal["auto", "cpu"] = setting("auto", "auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "gpu"] = setting("auto", "auto takes a GPU where there is one")
     threads: int = setting(0, "of the CPU; 0 leaves them to torch")
     latency: bool = setting(True, "export the results and measure them on this machine")
 
@@ -126,13 +126,27 @@ def _value(kind: Any, name: str, text: str) -> Any:
 
 
 def rows(settings: Settings) -> list[tuple[str, str, str]]:
-    """Name, value and meaning of every setting, the recipe's own first."""
+    """Name, value and meaning of every setting, with what it may be; the recipe's own first."""
     shared = {each.name for each in fields(Settings)}
     found = [
-        (each.name, _shown(getattr(settings, each.name)), str(each.metadata.get("about", "")))
+        (each.name, _shown(getattr(settings, each.name)), _about(settings, each))
         for each in fields(settings)
     ]
     return [row for row in found if row[0] not in shared] + [r for r in found if r[0] in shared]
+
+
+def choices(settings: Settings, name: str) -> tuple[str, ...]:
+    """The words that the setting ``name`` may be; none where it is a number or a text."""
+    kind = get_type_hints(type(settings)).get(name)
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return ("yes", "no") if kind is bool else ()
+
+
+def _about(settings: Settings, one: Field[Any]) -> str:
+    about, words = str(one.metadata.get("about", "")), choices(settings, one.name)
+    listed = f"{', '.join(words[:-1])} or {words[-1]}" if words and one.type != "bool" else ""
+    return f"{about} ({listed})" if listed else about
 
 
 def _shown(value: Any) -> str:

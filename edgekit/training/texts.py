@@ -5,6 +5,7 @@ Knows files, tokens and pairs of question and answer; never a model.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _parted(spec: str, blocks: list[str]) -> Texts:
 
 def _blocks(file: Path) -> Iterator[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin with a mark
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 at byte {error.start}", hint="convert it") from None
     except OSError as error:
@@ -213,7 +214,8 @@ def json_lines(
     path: Path, keys: tuple[str, ...], limit: int = 0
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The texts that at most ``limit`` lines (all for 0) have at ``keys``, or rows of a data set of
-    Hugging Face: to train on, and each fortieth, which is held out. Raises DataError.
+    Hugging Face: to train on, and each fortieth, which is held out. Empty lines are none. Raises
+    DataError.
     """
     if arrow_folder.is_one(path):
         rows, _ = arrow_folder.halves(path)
@@ -229,13 +231,14 @@ def json_lines(
 
 def _lines(path: Path, keys: tuple[str, ...], limit: int) -> Iterator[tuple[str, ...]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}",
             hint="a file of JSON lines, or prose, which benchmarks/train/fetch gets",
         ) from None
-    for number, line in enumerate(lines[: limit or None], 1):
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    for number, line in numbered[: limit or None]:
         try:
             body = json_file.parse(line)
             values = [body.get(key) if isinstance(body, dict) else None for key in keys]

@@ -94,6 +94,8 @@ def run(run: Run, settings: TinyLlamaSettings) -> TrainingReport:
     dense = SIZES[settings.size]
     shape = _sparse(dense, settings) if settings.experts else dense
     found = texts.read(settings.text)
+    if settings.pairs:
+        texts.pairs(_pairs_at(settings))  # what is wrong with them is told before the pretraining
 
     def make_tokenizer(path: Path) -> None:
         tokenizer = texts.byte_pairs(found.train, shape.vocab)
@@ -294,11 +296,15 @@ def ahead(name: str, ours: torch.Tensor, rival: str, theirs: torch.Tensor, held_
     )
 
 
+def _pairs_at(settings: TinyLlamaSettings) -> Path:
+    return texts.named(settings.pairs, "definitions.jsonl")
+
+
 def tune(
     run: Run, settings: TinyLlamaSettings, shape: Shape, tokenizer: Tokenizer, start: Fitted
 ) -> tuple[Fitted, tuple[float, float]]:
     """Go on from ``start`` with answers only; the loss on held-out answers before and after too."""
-    train, held = texts.pairs(texts.named(settings.pairs, "definitions.jsonl"))
+    train, held = texts.pairs(_pairs_at(settings))
     pad = tokenizer.get_vocab()[texts.END]
     answers, held_answers = (
         texts.Answers(texts.longest_first(texts.chats(tokenizer, chosen)), settings.length, pad)
