@@ -105,6 +105,10 @@ def command(
     out = out or Path("build") / recipe
     try:
         body = train(recipe, pairs, out.absolute(), resume=resume, say=say)
+    except KeyboardInterrupt:
+        say.close()
+        click.echo(f"--resume goes on with what is in {out}.training", err=True)
+        raise
     finally:
         say.close()
     if os.environ.get("RANK", "0") != "0":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from edgekit.errors import RecipeError
 from edgekit.intervals import Interval
 from edgekit.training.images import Images, Labelled
 from edgekit.training.images import load as load_images
@@ -35,6 +36,18 @@ class ClassifierSettings(Settings):
     shift: int = setting(2, "augmentation: moved by up to so many pixels")
     flip: bool = setting(True, "augmentation: mirrored")
     smoothing: float = setting(0.1, "label smoothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_images(self.side, self.channels)
+        if self.smoothing > 1:
+            raise RecipeError("smoothing is a share from 0 to 1")
+
+
+def check_images(side: int, channels: int) -> None:
+    """Raises RecipeError where no image can be made so."""
+    if side < 1 or channels not in (1, 3):
+        raise RecipeError("side is at least 1, channels are 1 or 3")
 
 
 def load(settings: ClassifierSettings, say: Say) -> Labelled:

@@ -257,7 +257,7 @@ def finished(recipe: str, out: Path) -> dict[str, Any] | None:
 
 def _begin(work: Path, recipe: str, settings: Settings, resume: bool) -> None:
     path = work / _SETTINGS
-    if path.is_file():
+    if path.is_file() and (resume or os.listdir(work) != [_SETTINGS]):  # else nothing was done yet
         if not resume:
             raise UsageError(
                 f"{work} holds an unfinished run", hint="--resume goes on with it, or remove it"

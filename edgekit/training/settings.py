@@ -15,6 +15,8 @@ from edgekit.errors import RecipeError
 from edgekit.registry import did_you_mean
 
 S = TypeVar("S", bound="Settings")
+_LARGEST = 10**12
+_MOST = {"seed": 2**63 - 1, "threads": 1024}
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -56,8 +58,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "checkpoint_every", "log_every"):
             _expect(getattr(self, name) > 0, f"{name} must be more than 0")
-        for name in ("seed", "lr", "weight_decay", "clip", "eval_every", "patience", "threads"):
-            _expect(getattr(self, name) >= 0, f"{name} must not be negative")
+        for each in fields(self):  # of every recipe: none has a meaning below 0
+            value = getattr(self, each.name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int | float):
+                    _expect(one >= 0, f"{each.name} must not be negative")
+                if isinstance(one, int):
+                    _expect(one <= _MOST.get(each.name, _LARGEST), f"{each.name} is too large")
         for name in ("min_lr", "warmup", "decay"):
             _expect(0 <= getattr(self, name) <= 1, f"{name} is a share from 0 to 1")
         _expect(0 <= self.ema < 1, "ema is 0 or a decay below 1, such as 0.999")

@@ -32,6 +32,7 @@ CHAT_TEMPLATE = (
 )
 _BLOCK_CHARS = 2000
 _HELD_EVERY = 40  # blocks: each fortieth is never trained on
+_LONGEST_LINE = 20_000
 _AT_ONCE = 512  # blocks that are tokenized together
 _IGNORED = -100
 
@@ -88,7 +89,11 @@ def _blocks(file: Path) -> Iterator[str]:
 def _cut(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
-        end = text.find("\n", start + _BLOCK_CHARS)
+        far = start + _LONGEST_LINE
+        end = text.find("\n", start + _BLOCK_CHARS, far)
+        if end < 0 and far < len(text):  # a line without an end: between words, or anywhere
+            end = text.find(" ", start + _BLOCK_CHARS, far)
+            end = far - 1 if end < 0 else end
         end = len(text) if end < 0 else end + 1
         yield text[start:end]
         start = end

@@ -67,6 +67,8 @@ class VitQatSettings(classify.ClassifierSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.depth, self.calibration, self.tune_steps) < 1:
+            raise RecipeError("depth, calibration and tune_steps are at least 1")
         wrong = [each for each in self.formats if not _FORMAT.fullmatch(each)]
         if wrong or not self.formats or len(set(self.formats)) < len(self.formats):
             raise RecipeError(

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.shell_completion import ShellComplete
@@ -17,9 +18,9 @@ from training_data import picture_folder, prose
 from edgekit.cli import cli as command
 from edgekit.errors import DataError, ExportError, RecipeError, UsageError
 from edgekit.registry import RECIPES
-from edgekit.training import texts
+from edgekit.training import recipe, texts
 from edgekit.training.recipe import train
-from edgekit.training.settings import rows
+from edgekit.training.settings import rows, with_pairs
 from edgekit.training.trainer import Status
 
 TOY = ("side=8", "channels=1", "widths=10,20", "blocks=1,1", "flip=no", "shift=1", "latency=no")
@@ -54,6 +55,24 @@ def test_the_settings_are_listed_with_what_they_may_be() -> None:
     abouts = {name: about for name, _, about in rows(RECIPES.load("tinyllama").settings)}
     assert abouts["schedule"] == "course of lr (cosine, wsd or constant)"
     assert abouts["size"].endswith("110m or 1.1b)") and "(" not in abouts["ngram"]
+
+
+@pytest.mark.parametrize("name_of_recipe", list(RECIPES))
+def test_no_setting_of_any_recipe_is_negative_or_endless(name_of_recipe: str) -> None:
+    settings = RECIPES.load(name_of_recipe).settings
+    for name, value in settings.to_dict().items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, int | float) and not isinstance(first, bool):
+            wrong = ["-1", "99999999999999999999999"][: 1 + isinstance(first, int)]
+            for text in wrong:
+                with pytest.raises(RecipeError):
+                    with_pairs(settings, [f"{name}={text}"])
+
+
+@pytest.mark.parametrize("pair", ["side=0", "channels=2", "smoothing=2", "threads=100000"])
+def test_settings_that_make_no_image_are_refused_before_the_data(tmp_path: Path, pair: str) -> None:
+    with pytest.raises(RecipeError):
+        train("minimal", ["data=nowhere", pair], tmp_path / "out", resume=False, say=quiet)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -122,6 +141,20 @@ def test_an_unfinished_run_is_not_resumed_as_another_recipe(tmp_path: Path) -> N
     assert body["settings"]["steps"] == 6
 
 
+def test_a_start_that_had_done_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    """As after Ctrl-C while the pictures were read."""
+    data = picture_folder(tmp_path / "pictures")
+    out, pairs = tmp_path / "out", [f"data={data}", *SHORT]
+
+    def stop(status: Status) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("minimal", pairs, out, resume=False, say=stop)
+    body = train("minimal", [*pairs[:-1], "threads=2"], out, resume=False, say=quiet)
+    assert body["settings"]["threads"] == 2
+
+
 def test_a_run_that_takes_the_place_of_another_says_so(run: tuple[Path, dict[str, Any]]) -> None:
     out, body = run
     said: list[str] = []
@@ -129,6 +162,20 @@ def test_a_run_that_takes_the_place_of_another_says_so(run: tuple[Path, dict[str
     train("minimal", pairs, out, resume=False, say=lambda status: said.append(status.note))
     assert f"{out} holds a finished run: this one takes its place when it ends" in said
     assert "trains on 1 thread of the CPU" in said
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_arguments: Any, **_more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train", stopped)
+    with pytest.raises(click.Abort):
+        command.main(["train", "minimal", "--out", str(tmp_path / "out")], standalone_mode=False)
+    assert (
+        f"--resume goes on with what is in {tmp_path / 'out'}.training" in capsys.readouterr().err
+    )
 
 
 # Places
@@ -152,6 +199,18 @@ def test_others_may_read_the_weights_as_they_may_the_rest(
 
 
 # Texts
+
+
+def test_a_text_of_one_line_is_cut_between_words(tmp_path: Path) -> None:
+    line = " ".join(prose().split())
+    (tmp_path / "line.txt").write_text(line)
+    found = texts.read(str(tmp_path / "line.txt"))
+    blocks = [*found.train, *found.held]
+    assert len(blocks) >= 40 and sum(map(len, blocks)) == len(line)
+    assert all(block in line and len(block) <= 20_000 for block in blocks)
+    assert all(block[-1] == " " and len(block) < 2100 for block in found.train[:-1])
+    (tmp_path / "line.txt").write_text("x" * 900_000)
+    assert {len(block) for block in texts.read(str(tmp_path / "line.txt")).train} == {20_000}
 
 
 def test_marks_and_empty_lines_of_other_systems_are_read_over(tmp_path: Path) -> None:
