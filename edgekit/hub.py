@@ -155,7 +155,8 @@ def _hub_errors(repo: str, revision: str) -> Iterator[None]:
             raise DownloadError(f"the hub answered {status} for {repo}") from error
         raise _Unreachable(
             f"cannot reach {_endpoint()} for {repo} ({kind})",
-            hint="check the network and HF_ENDPOINT; run again, it goes on where it stopped",
+            hint=f"there is no folder {repo} here; for a model of the hub check the network and"
+            " HF_ENDPOINT, and run again: it goes on where it stopped",
         ) from error
 
 

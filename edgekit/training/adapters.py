@@ -9,6 +9,7 @@ direction of each row so changed, its length learned apart. QLoRA: LoRA on four_
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ def put_in(
         use_dora=dora,
         modules_to_save=list(heads) or None,
     )
-    found: torch.nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers 5 by a name that is about to go: nothing that a user can mend.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        found: torch.nn.Module = peft.get_peft_model(model, config)
     return found
 
 

@@ -196,6 +196,7 @@ def _fashion(folder: Path) -> Labelled:
         return Images(
             torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape[0], 1, *shape[1:]),
             torch.frombuffer(bytearray(classes), dtype=torch.uint8).long(),
+            tuple(f"{name} {number}" for number in range(shape[0])),
         )
 
     return _labelled(part("train"), part("t10k"), FASHION_LABELS)
@@ -220,7 +221,8 @@ def _digits(folder: Path) -> Labelled:
             raise DataError(f"{path} holds no digits: {error}"[:200]) from None
         pixels.append(images)
         classes.append(torch.full((len(images),), digit))
-    return _split(Images(torch.cat(pixels), torch.cat(classes)), _DIGITS)
+    names = [f"{digit}.json {n}" for digit, some in enumerate(pixels) for n in range(len(some))]
+    return _split(Images(torch.cat(pixels), torch.cat(classes), tuple(names)), _DIGITS)
 
 
 def _folder(folder: Path, side: int, channels: int, say: Say) -> tuple[Labelled, list[str]]:

@@ -94,8 +94,10 @@ def test_a_branch_means_its_last_known_commit_while_the_hub_is_away(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert source(REPO, revision="v1") == first
     assert COMMIT in caplog.text
-    with pytest.raises(DownloadError, match="cannot reach"):
+    with pytest.raises(DownloadError, match="cannot reach") as caught:
         source(REPO, revision="main")
+    # A folder's name with a slip in it looks like a hub id.
+    assert f"there is no folder {REPO} here" in str(caught.value.hint)
 
 
 def test_the_command_line_says_that_an_older_commit_is_used(tiny: Any, cli: Any) -> None:

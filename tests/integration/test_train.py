@@ -340,6 +340,7 @@ def test_fashion_mnist_in_the_cache_is_read_and_its_labels_are_checked(home: Pat
         _idx(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(count) % 10)
     found = images.load("fashion-mnist")
     assert (len(found.train), len(found.test), found.shape) == (40, 20, (1, 28, 28))
+    assert found.test.share(4).names == ("t10k 0", "t10k 5", "t10k 12", "t10k 17")
     assert found.labels[9] == "ankle boot" and 0.4 < found.mean[0] < 0.6
     _idx(folder / "train-labels-idx1-ubyte.gz", np.arange(40) % 11)
     with pytest.raises(DataError, match="label 10"):

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edgekit.errors import DataError, RecipeError, SourceError, UnsupportedModel
 from edgekit.exporters import lora
 from edgekit.runtime import GenerateParams
 from edgekit.training import (
+    adapters,
     checkpoint,
     classify,
     finetune,
@@ -38,6 +40,16 @@ pytest.importorskip("peft")
 WORDS = ("lamp", "boat", "tree", "house", "river", "stone", "glass", "paper")
 TOY = ("steps=30", "batch=8", "lr=1e-2", "held=10", "limit=0", "threads=1", "latency=no")
 TOY += ("precision=fp32",)
+
+
+def test_adapters_are_put_in_without_the_libraries_warnings_of_each_other() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.ViTForImageClassification(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        adapters.put_in(model, rank=2, alpha=4.0, dora=False, heads=["classifier"])
 
 
 @pytest.fixture(scope="module")
