@@ -54,7 +54,9 @@ class DistillSettings(classify.ClassifierSettings):
     kind: Literal["basic", "inverted"] = setting("basic", "blocks of ResNet, or of MobileNetV2")
     widths: tuple[int, ...] = setting((32, 64, 128), "channels of each stage of such a teacher")
     blocks: tuple[int, ...] = setting((1, 1, 1), "its blocks of each stage")
-    held_images: int = setting(2000, "of these, that a teacher is calibrated on; none trains")
+    held_images: int = setting(
+        0, "of these, that a teacher is calibrated on, and none trains; 0: a fifth, 2,000 at most"
+    )
     student_images: int = setting(
         0, "images that the students learn from, of every class its share; 0: the teacher's"
     )
@@ -76,8 +78,8 @@ class DistillSettings(classify.ClassifierSettings):
             raise RecipeError("features and attention must not be negative")
         if self.student_images < 0:
             raise RecipeError("student_images must not be negative")
-        if self.temperature <= 0 or self.teacher_steps < 1 or self.held_images < 1:
-            raise RecipeError("temperature, teacher_steps and held_images must be more than 0")
+        if self.temperature <= 0 or self.teacher_steps < 1:
+            raise RecipeError("temperature and teacher_steps must be more than 0")
 
 
 def run(run: Run, settings: DistillSettings) -> TrainingReport:

@@ -34,6 +34,7 @@ _MNIST = "package/src/digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_EVERY = 5  # of a folder or of digits, each fifth image is held out
 _FEWEST = 2  # images of a class
+_HELD_OF, _MOST_HELD = 5, 2000
 _PARTS = ("test", "val", "valid", "validation")  # beside train: the first of them is tested on
 _UNEVEN = 4  # times as many images of one class as of another: worth a word
 _CHUNK = 4096  # images whose mean is taken at once
@@ -75,11 +76,15 @@ class Images:
         return Images(self.pixels[chosen], self.classes[chosen], names)
 
     def parted(self, count: int) -> tuple[Images, Images]:
-        """All but ``count`` of them, and these, which are spread evenly. Raises DataError."""
+        """All but ``count`` of them, and these, which are spread evenly; for 0 a fifth, and at most
+        2,000. Raises DataError.
+        """
+        count = count or min(_MOST_HELD, len(self) // _HELD_OF)
         if not 0 < count < len(self):
+            fewer = max(1, len(self) // _HELD_OF)
             raise DataError(
                 f"of {len(self)} images {count} cannot be held back",
-                hint=f"more images, or a smaller held_images, such as {max(1, len(self) // 5)}",
+                hint=f"more images, or a smaller held_images, such as {fewer}",
             )
         away = torch.zeros(len(self), dtype=torch.bool)
         away[torch.arange(count) * len(self) // count] = True

@@ -68,8 +68,10 @@ class MemorySum:
         )
         return f"{_mb(self.needed)} = {' + '.join(parts)}; {_mb(self.free)} are free"
 
-    def check(self) -> None:
-        """Raises DoesNotFitError with the sum, and with what would fit."""
+    def check(self, accumulate: int) -> None:
+        """Raises DoesNotFitError with the sum, and with what would fit; a batch is cut into
+        ``accumulate`` pieces now.
+        """
         if self.needed <= self.free:
             return
         each = int((1 + self.spare_share) * self.per_sample)
@@ -78,7 +80,7 @@ class MemorySum:
         hint = "the weights alone are too large: a smaller model, or --set parallel=fsdp"
         if fits >= 1:
             pieces = -(-self.samples // fits)
-            hint = f"--set accumulate={pieces} times what it is: pieces of {fits} samples"
+            hint = f"--set accumulate={pieces * accumulate}: pieces of {fits} samples"
         raise DoesNotFitError(f"a training step needs {self}", hint=hint)
 
 

@@ -73,7 +73,9 @@ class NasSettings(classify.ClassifierSettings):
     )
     max_ms: float = setting(0.0, "slowest network that may be chosen; 0: any")
     baseline: bool = setting(True, "train a network that was drawn by hand too")
-    held_images: int = setting(2000, "of these, that the search judges by; none is trained on")
+    held_images: int = setting(
+        0, "of these, that the search judges by, and none trains on; 0: a fifth, 2,000 at most"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +85,8 @@ class NasSettings(classify.ClassifierSettings):
             raise RecipeError("widest is a multiple of 8, and 16 at least")
         if not 0 < self.rungs <= self.trial_steps or not 0 < self.keep <= 1:
             raise RecipeError("rungs are 1 to trial_steps, keep is a share")
-        if min(self.held_images, self.trial_batch, self.slowest) <= 0:
-            raise RecipeError("held_images, trial_batch and slowest must be more than 0")
+        if min(self.trial_batch, self.slowest) <= 0:
+            raise RecipeError("trial_batch and slowest must be more than 0")
         if self.give < 0 or self.max_ms < 0:
             raise RecipeError("give and max_ms must not be negative")
 

@@ -406,7 +406,7 @@ class _Loop:
             averages=bool(settings.ema),
             device=self.accelerator.device,
         )
-        found.check()
+        found.check(settings.accumulate)
         self.progress.needed_bytes = found.needed
         if self.accelerator.is_main_process:
             none = (math.nan, 0.0, 0.0)

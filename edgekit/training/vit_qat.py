@@ -246,6 +246,7 @@ def _remarks(
 RECIPE = Recipe(
     "vit-qat",
     VitQatSettings(
+        side=28,  # as Fashion-MNIST's, and a multiple of the patches
         steps=5600,
         batch=128,
         lr=2e-3,

@@ -201,7 +201,7 @@ def _workers(parent: int) -> list[int]:
         ("distill", "keep=1"),
         ("distill", "answers=2"),
         ("distill", "temperature=0"),
-        ("distill", "held_images=0"),
+        ("distill", "held_images=-1"),
         ("nas", "hours=0"),
         ("nas", "widest=20"),
         ("nas", "rungs=0"),

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from training_data import picture_folder
 
 from edgekit.errors import DataError
+from edgekit.registry import RECIPES
 from edgekit.training import confusion, images, report
 from edgekit.training.images import Labelled
 from edgekit.training.recipe import train
@@ -187,3 +189,16 @@ def test_the_command_shows_the_classes_and_what_comes_next(
     monkeypatch.chdir(tmp_path)
     again = train("minimal", given, tmp_path / "again", resume=False, say=lambda status: None)
     assert again["results"][0]["figures"]["loss"] == body["results"][0]["figures"]["loss"]
+
+
+def test_a_small_folder_needs_no_setting_to_be_parted(tmp_path: Path) -> None:
+    """By default prune, distill and nas hold back a part of any folder, and patches fit."""
+    data = images.load(str(picture_folder(tmp_path / "pictures", each=25)))
+    for recipe in ("prune", "distill", "nas"):
+        settings: Any = RECIPES.load(recipe).settings
+        train, held = data.train.parted(settings.held_images)
+        assert len(held) == len(data.train) // 5 and len(train) + len(held) == len(data.train)
+    many = images.Images(torch.zeros(20_000, 1, 1, 1, dtype=torch.uint8), torch.zeros(20_000))
+    assert len(many.parted(0)[1]) == 2000
+    patches: Any = RECIPES.load("vit-qat").settings
+    assert patches.side % patches.patch == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -360,7 +361,11 @@ def test_what_does_not_fit_the_memory_is_told_before_the_first_step(
         fit(tmp_path, evaluate=lambda model: stepped.append(1))
     assert not stepped and not list(tmp_path.iterdir())
     assert "activations" in caught.value.message and "16 samples" in caught.value.message
-    assert "accumulate=" in str(caught.value.hint)
+    hint = str(caught.value.hint)
+    assert hint.startswith("--set accumulate=") and hint.endswith(" samples")
+    pieces, fit_in = map(int, re.findall(r"\d+", hint))
+    done = fit(tmp_path, replace(SETTINGS, accumulate=pieces))  # what the hint says is enough
+    assert done.steps == SETTINGS.steps and pieces * fit_in >= SETTINGS.batch
 
 
 def test_memory_that_runs_out_in_a_step_is_told_as_such_and_the_good_checkpoint_stays(
