@@ -54,6 +54,8 @@ BESIDE: Mapping[str, str] = {
     "wanda": "magnitude",
     "wanda-2-of-4": "magnitude-2-of-4",
 }
+# Whose weights became zeros; a model of four bits has a few of its own.
+_OF_ZEROS = ("wanda", "magnitude", "wanda-2-of-4", "magnitude-2-of-4")
 UNPRUNED = "unpruned"
 _CLASS = "AutoModelForCausalLM"
 _FIGURES = "figures.json"
@@ -244,7 +246,7 @@ class _Work:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # one, where tied
         model: Any = layer_pass.made_anew(self.whole, body["changes"], state)
         masks = {}
-        if body["figures"]["zeros_share"]:
+        if name in _OF_ZEROS:
             masks = {
                 f"model.layers.{number}.{each}.weight": mask
                 for number, layer in enumerate(model.model.layers)
@@ -308,7 +310,8 @@ class _Work:
                 size = row.figures["gguf_bytes"] / whole["gguf_bytes"]
                 told = f"in llama.cpp {name} decodes at {speed:.2f} times the speed of {UNPRUNED},"
                 told += f" in a file {size:.2f} times as large"
-                zeros = "; its kernels skip no zeros" if row.figures["zeros_share"] else ""
+                of_zeros = name.removesuffix("-tuned") in _OF_ZEROS
+                zeros = "; its kernels skip no zeros" if of_zeros else ""
                 found.append(told + zeros)
         return found
 
