@@ -26,7 +26,7 @@ SIZES = {
     "9k": ("16,32", "3,5"),
     "5k": ("12,24", "3,4"),
 }
-SETTINGS = ("steps=300", "eval_every=0", "threads=1", "latency=no", "precision=bf16")
+SETTINGS = ("steps=1500", "eval_every=0", "threads=1", "latency=no", "precision=bf16")
 NAMES = {"shift": "1x1 convolutions and shifts", "conv": "3x3 convolutions"}
 
 

@@ -126,7 +126,7 @@ class Labelled:
         few, many = int(counts.argmin()), int(counts.argmax())
         each = f"{counts[few]} of '{self.labels[few]}' to {counts[many]} of '{self.labels[many]}'"
         if counts[few] == counts[many]:
-            each = f"{counts[few]} of each"
+            each = f"{counts[few]:,} of each"
         return (
             f"{len(self.labels)} classes, {len(self.train):,} images to train on ({each}),"
             f" {len(self.test):,} to test on"
@@ -174,7 +174,7 @@ def _load(data: str, side: int, channels: int, say: Say) -> tuple[Labelled, list
     if not data or not folder.is_dir():
         raise DataError(
             f"there are no data {data!r:.80}",
-            hint=f"name a folder, or: {did_you_mean(data, ['fashion-mnist', 'mnist'])}",
+            hint=f"name a folder; {did_you_mean(data, ['fashion-mnist', 'mnist'])}",
         )
     if not data.isprintable():
         raise DataError(f"the folder {data!a:.80} has no printable name", hint="rename it")
