@@ -22,7 +22,7 @@ _SMALL, _LARGER = 2, 4  # samples; one alone has no batch statistics
 _PASSING = 2
 # On CPUs: what the C library's allocator holds beside what was asked for, as a share of it, and
 # what the kernels and their threads take once. With these the first steps of seven recipes took
-# 0.54 to 1.25 times what was told.
+# half to 1.25 times what was told.
 _SPARE_SHARE, _SPARE_BYTES = 0.25, 32 << 20
 
 
