@@ -56,7 +56,8 @@ CATALOGUE = {
     ),
     "finetune-vit": Entry(
         "A vision transformer taught anew from 1,000 images: five methods side by side.",
-        "digits: all weights 63.97%, LoRA 61.32%, adapters 58.07%, linear probe 43.68%",
+        "digits: LoRA 80.53%, all weights 78.58%, adapters 69.35%, linear probe 50.67%, from"
+        " scratch 48.35%",
         "benchmarks/train/run low-data",
     ),
     "minimal": Entry(
