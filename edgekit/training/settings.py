@@ -64,7 +64,8 @@ class Settings:
                 if isinstance(one, int | float):
                     _expect(one >= 0, f"{each.name} must not be negative")
                 if isinstance(one, int):
-                    _expect(one <= _MOST.get(each.name, _LARGEST), f"{each.name} is too large")
+                    most = _MOST.get(each.name, _LARGEST)
+                    _expect(one <= most, f"{each.name} is {most:,} at most")
         for name in ("min_lr", "warmup", "decay"):
             _expect(0 <= getattr(self, name) <= 1, f"{name} is a share from 0 to 1")
         _expect(0 <= self.ema < 1, "ema is 0 or a decay below 1, such as 0.999")

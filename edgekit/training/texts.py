@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 _BLOCK_CHARS = 2000
 _HELD_EVERY = 40  # blocks: each fortieth is never trained on
-_LONGEST_LINE = 20_000
+_LONGEST_LINE = 20_000  # characters: a longer one is cut
 _AT_ONCE = 512  # blocks that are tokenized together
 _IGNORED = -100
 
