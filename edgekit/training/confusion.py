@@ -1,7 +1,7 @@
 """What a classifier takes for what: a row for each class, the whole matrix, and the images it got
 wrong, as tables and as pictures.
 
-Knows answers, labels and test images; never how the network came about, or what its report says.
+Knows answers, labels and test images; never how the network came about, or what else is reported.
 """
 
 from __future__ import annotations
